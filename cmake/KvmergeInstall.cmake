@@ -1,0 +1,58 @@
+# Collects every shared library that llama.cpp built, and installs them where the package looks.
+
+function(kvmerge_shared_libraries dir out)
+    set(found "")
+    get_property(targets DIRECTORY "${dir}" PROPERTY BUILDSYSTEM_TARGETS)
+    foreach(target IN LISTS targets)
+        get_target_property(type ${target} TYPE)
+        if(type STREQUAL "SHARED_LIBRARY" OR type STREQUAL "MODULE_LIBRARY")
+            list(APPEND found ${target})
+        endif()
+    endforeach()
+    get_property(subdirs DIRECTORY "${dir}" PROPERTY SUBDIRECTORIES)
+    foreach(subdir IN LISTS subdirs)
+        kvmerge_shared_libraries("${subdir}" below)
+        list(APPEND found ${below})
+    endforeach()
+    set(${out} "${found}" PARENT_SCOPE)
+endfunction()
+
+kvmerge_shared_libraries("${llama_cpp_dir}" kvmerge_libraries)
+
+if(APPLE)
+    set(kvmerge_rpath "@loader_path")
+else()
+    set(kvmerge_rpath "$ORIGIN")
+endif()
+
+foreach(target IN LISTS kvmerge_libraries)
+    # A wheel has no symbolic links: each library has one name, and finds the others beside it.
+    set_property(TARGET ${target} PROPERTY VERSION)
+    set_property(TARGET ${target} PROPERTY SOVERSION)
+    set_property(TARGET ${target} PROPERTY PUBLIC_HEADER)
+    set_property(TARGET ${target} PROPERTY PRIVATE_HEADER)
+    set_target_properties(${target} PROPERTIES
+        BUILD_WITH_INSTALL_RPATH ON
+        INSTALL_RPATH "${kvmerge_rpath}")
+    if(KVMERGE_DEV)
+        set_target_properties(${target} PROPERTIES
+            LIBRARY_OUTPUT_DIRECTORY "${PROJECT_SOURCE_DIR}/python/kvmerge/lib")
+    endif()
+endforeach()
+
+# Programs are not shipped; they find the libraries in the build tree.
+set(kvmerge_destinations kvmerge)
+if(SKBUILD_STATE STREQUAL "editable")
+    # The package is imported from the source tree, and looks for its libraries beside itself.
+    list(APPEND kvmerge_destinations "${PROJECT_SOURCE_DIR}/python/kvmerge")
+endif()
+set(kvmerge_shipped ${kvmerge_libraries})
+list(REMOVE_ITEM kvmerge_shipped llama-common)
+foreach(destination IN LISTS kvmerge_destinations)
+    install(TARGETS ${kvmerge_shipped}
+        LIBRARY DESTINATION "${destination}/lib" COMPONENT kvmerge
+        RUNTIME DESTINATION "${destination}/lib" COMPONENT kvmerge
+        ARCHIVE DESTINATION "${destination}/lib" COMPONENT kvmerge-development)
+    install(FILES "${PROJECT_SOURCE_DIR}/cpp/include/kvmerge.h"
+        DESTINATION "${destination}/include" COMPONENT kvmerge OPTIONAL)
+endforeach()

@@ -1,0 +1,37 @@
+# Where the llama.cpp tree comes from.
+
+find_package(Python3 3.10 COMPONENTS Interpreter REQUIRED)
+
+function(kvmerge_prepare out)
+    execute_process(
+        COMMAND "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/vendor/prepare.py" ${ARGN}
+        RESULT_VARIABLE status
+        OUTPUT_VARIABLE output
+        ERROR_VARIABLE  problem
+        OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if(NOT status EQUAL 0)
+        message(FATAL_ERROR "${problem}")
+    endif()
+    set(${out} "${output}" PARENT_SCOPE)
+endfunction()
+
+# Sets `out` to the user's own tree when there is one, else to the patched tree, made when missing.
+function(kvmerge_llama_cpp_dir out)
+    if(KVMERGE_LLAMA_CPP_DIR)
+        get_filename_component(dir "${KVMERGE_LLAMA_CPP_DIR}" ABSOLUTE BASE_DIR "${CMAKE_BINARY_DIR}")
+        kvmerge_prepare(ignored --check "${dir}")
+    else()
+        set(options "")
+        if(KVMERGE_BUILD_UPSTREAM_TESTS)
+            set(options --full)
+        endif()
+        kvmerge_prepare(dir ${options})
+
+        # A changed pin or patch makes another tree.
+        file(GLOB series CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/vendor/patches/*")
+        set_property(DIRECTORY "${PROJECT_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+            ${series} "${PROJECT_SOURCE_DIR}/vendor/requirements.txt")
+    endif()
+    message(STATUS "llama.cpp: ${dir}")
+    set(${out} "${dir}" PARENT_SCOPE)
+endfunction()
