@@ -317,7 +317,8 @@ def git(*arguments: str, cwd: Path, check: bool = True) -> str:
         identity = ()
     run = subprocess.run(["git", *identity, *arguments], cwd=cwd, capture_output=True, text=True)
     if check and run.returncode != 0:
-        raise PrepareError(f"git {arguments[0]} failed in {cwd}: {(run.stderr or run.stdout)[:800]}")
+        said = (run.stderr or run.stdout).strip()[:800]
+        raise PrepareError(f"git {arguments[0]} failed in {cwd}: {said}")
     return run.stdout.strip()
 
 
@@ -382,7 +383,8 @@ def check_hooks(tree: Path, patches: list[Patch]) -> None:
     def names_us(text: str) -> bool:
         return "kvmerge" in text.lower()
 
-    hooked = {file for p in patches for file, line in p.hunks() if line[0] == "+" and names_us(line)}
+    changes = [change for patch in patches for change in patch.hunks()]
+    hooked = {file for file, line in changes if line.startswith("+") and names_us(line)}
     bare = [f for f in sorted(hooked) if not names_us((tree / f).read_text(errors="replace"))]
     if bare:
         raise PrepareError(
@@ -396,10 +398,10 @@ def main(arguments: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--pristine", action="store_true", help="print the unpatched tree instead")
     action.add_argument("--develop", type=Path, metavar="DIR", help="make a git tree to work in")
-    action.add_argument("--export", type=Path, metavar="DIR", help="write its commits as the series")
+    action.add_argument("--export", type=Path, metavar="DIR", help="write its commits back")
     action.add_argument("--count", action="store_true", help="count the lines the series changes")
     action.add_argument("--check", type=Path, metavar="DIR", help="check that the hooks are in DIR")
-    parser.add_argument("--full", action="store_true", help="keep what only upstream's tests need")
+    parser.add_argument("--full", action="store_true", help="unpack what only tests need")
     parser.add_argument("--requirements", type=Path, default=HERE / "requirements.txt")
     parser.add_argument("--patches", type=Path, default=HERE / "patches")
     default_cache = os.environ.get("KVMERGE_VENDOR_CACHE") or ROOT / "build" / "vendor"

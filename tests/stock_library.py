@@ -1,0 +1,77 @@
+"""The stock library to compare with: unpatched, on the ggml libraries of the installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parent / "stock"
+
+
+def _vendor():
+    spec = importlib.util.spec_from_file_location("kvmerge_vendor", ROOT / "vendor" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def package_libraries() -> Path:
+    """Return the folder of the package's libraries, without loading them."""
+    return Path(importlib.util.find_spec("kvmerge").origin).parent / "lib"
+
+
+def stock_libraries() -> Path:
+    """Return a folder for LLAMA_CPP_LIB_PATH and MTMD_CPP_LIB, built on the first call.
+
+    The build takes about a minute of two cores and is kept in build/stock, under a hash of what
+    goes into it.
+    """
+    vendor = _vendor()
+    changed = [f for p in vendor.read_series(vendor.HERE / "patches") for f, _ in p.hunks()]
+    assert not any(f.startswith("ggml/") for f in changed), "the stock build shares ggml with ours"
+    with_mtmd = any(f.startswith("tools/mtmd/") for f in changed)
+
+    ours = package_libraries()
+    shared = sorted(p for p in ours.iterdir() if "ggml" in p.name or "mtmd" in p.name)
+    digest = hashlib.sha256(f"{sys.platform} {with_mtmd}".encode())
+    for path in [vendor.HERE / "requirements.txt", SOURCE / "CMakeLists.txt", *shared]:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    target = ROOT / "build" / "stock" / digest.hexdigest()[:16]
+    if target.is_dir():
+        return target
+
+    cache = Path(os.environ.get("KVMERGE_VENDOR_CACHE") or ROOT / "build" / "vendor").resolve()
+    pristine = vendor.make_tree(vendor.HERE / "requirements.txt", [], cache)
+    work = target.with_name(f"{target.name}.{os.getpid()}")
+    made = work / "lib"
+    made.mkdir(parents=True)
+    for path in shared:
+        if "ggml" in path.name or not with_mtmd:
+            shutil.copy2(path, made / path.name)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    _run("cmake", "-S", SOURCE, "-B", work / "build", *generator, "-DCMAKE_BUILD_TYPE=Release",
+         f"-DSTOCK_LLAMA_CPP_DIR={pristine}", f"-DSTOCK_LIB_DIR={made}",
+         f"-DSTOCK_MTMD={'ON' if with_mtmd else 'OFF'}")  # fmt: skip
+    _run("cmake", "--build", work / "build", "--target", "stock", "--parallel", os.cpu_count())
+    made.rename(target)
+    shutil.rmtree(work)
+    return target
+
+
+def _run(*command) -> None:
+    command = [str(part) for part in command]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        tail = "\n".join(done.stdout.splitlines()[-40:])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
+
+
+if __name__ == "__main__":
+    print(stock_libraries())
