@@ -1,0 +1,258 @@
+// kvmerge.h - a KV cache that merges instead of growing
+//
+// This header is the whole public C API. The functions live in libllama, next to llama.h.
+//
+// Vocabulary
+//   token     one input of the model: a text token or one embedding row of a picture or clip
+//   cell      one slot of the KV cache; before a merge a cell holds one token, after it a cell may stand for many
+//   sequence  llama.cpp's llama_seq_id
+//   segment   one picture, one audio clip, or the text between two of them
+//   pivot     a token that survives a merge and may receive others
+//   budget    the number of cells that are KEPT
+//
+// Life of an engine
+//   kvmerge_attach()  switches observing on for a llama_context: must come before the prompt is read
+//   llama_decode()    as always; mark media with kvmerge_media_begin() / kvmerge_media_end()
+//   kvmerge_merge()   folds a sequence down to a number of cells
+//   kvmerge_detach()  switches observing off; what was merged stays merged
+//
+// Errors: functions return KVMERGE_OK or a negative kvmerge_status. The reason, in words, is kvmerge_error_message().
+//   Nothing is thrown. After an error the cache is as it was before the call, unless the status is
+//   KVMERGE_ERROR_COMPUTE, after which the sequence has to be cleared.
+//
+// Threads: an engine belongs to its llama_context and follows its rule: one thread at a time.
+//   kvmerge_error_message() is per thread.
+//
+// Ownership: the engine is owned by the context's memory and is freed with it. Arrays are filled into memory
+//   of the caller; no pointer into the engine is ever handed out.
+
+#ifndef KVMERGE_H
+#define KVMERGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && !defined(__MINGW32__)
+#    define KVMERGE_API __declspec(dllexport)
+#else
+#    define KVMERGE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+#define KVMERGE_API_VERSION 1
+
+enum kvmerge_status {
+    KVMERGE_OK                = 0,
+    KVMERGE_ERROR_ARGUMENT    = -1, // a value is out of its range; the message names it and the range
+    KVMERGE_ERROR_UNSUPPORTED = -2, // this model, cache or sequence layout cannot be merged; the message says why
+    KVMERGE_ERROR_STATE       = -3, // the call does not fit the present state (nothing observed, unknown sequence, ...)
+    KVMERGE_ERROR_MEMORY      = -4, // an allocation failed
+    KVMERGE_ERROR_COMPUTE     = -5, // a backend failed in the middle of a merge
+};
+
+enum kvmerge_modality {
+    KVMERGE_TEXT  = 0,
+    KVMERGE_IMAGE = 1,
+    KVMERGE_AUDIO = 2,
+};
+
+// what happened to a token in the last merge
+enum kvmerge_fate {
+    KVMERGE_DROPPED   = 0, // evicted, folded nowhere
+    KVMERGE_FOLDED    = 1, // folded into a pivot
+    KVMERGE_KEPT      = 2, // kept, and may have received folds
+    KVMERGE_PROTECTED = 3, // kept, and never receives a fold (sensitive, or part of the proxy window)
+};
+
+// score: how important a token is, per layer and KV head
+enum kvmerge_score {
+    KVMERGE_SCORE_PROXY    = 0, // attention from the proxy window's queries (FlowMM eq. 8)
+    KVMERGE_SCORE_POSITION = 1, // the later, the better (StreamingLLM)
+    KVMERGE_SCORE_ALL      = 2, // attention from every query of the prompt (H2O)
+};
+
+// match: into which pivots an evicted token may fold
+enum kvmerge_match {
+    KVMERGE_MATCH_NONE     = 0, // none: evicted tokens are dropped
+    KVMERGE_MATCH_ANY      = 1, // any unprotected pivot
+    KVMERGE_MATCH_MODALITY = 2, // an unprotected pivot of the same modality
+    KVMERGE_MATCH_FLOW     = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
+    KVMERGE_MATCH_SEGMENT  = 4, // an unprotected pivot of the same segment: one picture never folds into another
+};
+
+// bias: what is added to a pivot's attention logit so that it weighs what it stands for
+enum kvmerge_bias {
+    KVMERGE_BIAS_NONE  = 0,
+    KVMERGE_BIAS_COUNT = 1, // log of the number of tokens that the pivot stands for
+};
+
+// A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact.
+// Fill it with kvmerge_params_default() first; `size` lets the library refuse a struct of another version.
+struct kvmerge_params {
+    uint32_t size;           // sizeof(struct kvmerge_params)
+
+    int32_t  score;          // enum kvmerge_score
+    int32_t  match;          // enum kvmerge_match
+    int32_t  bias;           // enum kvmerge_bias
+    bool     move_keys;      // true: a pivot's key becomes the mean of its group; false: it stays as it is
+
+    int32_t  n_window;       // proxy window: queries that score, tokens that are kept          [1, 256]
+    int32_t  n_sink;         // first tokens of a sequence, always kept                          [0, 256]
+    int32_t  n_flow_rows;    // query rows sampled per modality to estimate the flow; as many as the
+                             // prompt has tokens makes it exact                                [1, 65536]
+    float    theta;          // flow at which a layer may fold across modalities (FlowMM table 3)  [0, 1]
+    float    tau;            // pivots above this quantile of the pivots' importance are protected [0, 1]; 1 = none
+};
+
+// figures of the last merge of an engine
+struct kvmerge_stats {
+    int32_t n_merges;        // merges of this engine so far
+    int32_t n_tokens;        // tokens that the cells of the sequence stand for
+    int32_t n_cells_before;  // cells of the sequence before the last merge
+    int32_t n_cells_after;   // cells after it
+    int32_t n_layers;        // layers whose cache is merged
+    int32_t n_heads;         // KV heads of a layer (the largest, where layers differ)
+    int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
+    int64_t t_score_us;      // time of the last merge: reading scores and flow,
+    int64_t t_match_us;      //   nearest pivots,
+    int64_t t_fold_us;       //   folding and compacting,
+    int64_t t_total_us;      //   and all of it
+};
+
+struct kvmerge_engine;
+
+// Version of this API, KVMERGE_API_VERSION at build time.
+KVMERGE_API int32_t kvmerge_api_version(void);
+
+// Reason for the last error of this thread, in words; an empty string when there was none.
+KVMERGE_API const char * kvmerge_error_message(void);
+
+// The default policy: FlowMM with bias = COUNT.
+KVMERGE_API struct kvmerge_params kvmerge_params_default(void);
+
+// Attach an engine to a context. Observing starts with the next llama_decode().
+//   ctx     its memory must be a KV cache with K and V (also inside iSWA and hybrid memories, whose
+//           full-attention part is merged)
+//   out     receives the engine
+// Errors: ARGUMENT, UNSUPPORTED (MLA, recurrent-only, ALiBi, head sizes that do not divide by the quantization
+//   block), STATE (an engine is attached already), MEMORY.
+KVMERGE_API int32_t kvmerge_attach(
+        struct llama_context         *  ctx,
+        const struct kvmerge_params  *  params,
+        struct kvmerge_engine        ** out);
+
+// Detach the engine: nothing more is observed or merged. Merged cells keep their bias and stay valid. NULL is allowed.
+KVMERGE_API void kvmerge_detach(struct kvmerge_engine * engine);
+
+// Change the policy. n_window and n_flow_rows size buffers and cannot change after attaching (ARGUMENT).
+KVMERGE_API int32_t kvmerge_set_params(struct kvmerge_engine * engine, const struct kvmerge_params * params);
+
+// Tokens decoded between begin and end belong to one new segment of this modality (IMAGE or AUDIO).
+// Without these calls, embedding input counts as IMAGE, and a run of it as one segment.
+KVMERGE_API int32_t kvmerge_media_begin(struct kvmerge_engine * engine, int32_t modality);
+KVMERGE_API int32_t kvmerge_media_end  (struct kvmerge_engine * engine);
+
+// Merge a sequence down to n_cells cells, now. Does nothing (OK) when it holds no more than that.
+//   n_cells  [1, cells of the sequence]
+KVMERGE_API int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_cells);
+
+// Cells that a sequence holds now, and the tokens they stand for. Negative: a kvmerge_status.
+KVMERGE_API int32_t kvmerge_n_cells (const struct kvmerge_engine * engine, int32_t seq_id);
+KVMERGE_API int32_t kvmerge_n_tokens(const struct kvmerge_engine * engine, int32_t seq_id);
+
+KVMERGE_API int32_t kvmerge_get_stats(const struct kvmerge_engine * engine, struct kvmerge_stats * stats);
+
+// Cross-modal flow of the last merge (FlowMM eq. 6-7), one value a layer, each array [n_layers]:
+//   rho            share of all attention that crosses modalities
+//   text_to_media  the part of it that text queries give to pictures and sound
+//   media_to_text  the part of it that pictures and sound give to text; rho is the sum of both (and, with more
+//                  than two modalities, of picture-sound)
+// Returns n_layers, or a negative status.
+KVMERGE_API int32_t kvmerge_get_flow(
+        const struct kvmerge_engine * engine,
+        float                       * rho,
+        float                       * text_to_media,
+        float                       * media_to_text,
+        int32_t                       capacity);
+
+// What the last merge did to each of the n cells it found, for one layer (index among the merged layers) and KV head.
+// Each array holds `capacity` entries and may be NULL:
+//   order     index of the token in the sequence, counted from 0
+//   modality  enum kvmerge_modality
+//   segment   segment number, counted from 0
+//   fate      enum kvmerge_fate
+//   target    index (among the n cells) of the pivot it is in: its own when kept, -1 when dropped
+//   score     importance
+// Returns n, or a negative status.
+KVMERGE_API int32_t kvmerge_get_plan(
+        const struct kvmerge_engine * engine,
+        int32_t                       layer,
+        int32_t                       head,
+        int32_t                     * order,
+        uint8_t                     * modality,
+        int32_t                     * segment,
+        uint8_t                     * fate,
+        int32_t                     * target,
+        float                       * score,
+        int32_t                       capacity);
+
+//
+// debugging: read what is in the cache. Slow, copies to the host.
+//
+
+// K, V, bias, mass and order of the cells of a sequence, for one layer, in the order of the cells:
+//   k     F32 [n][n_heads][n_embd_head_k]      v     F32 [n][n_heads][n_embd_head_v]
+//   bias  F32 [n][n_heads]                     mass  F32 [n][n_heads]
+//   order I32 [n][n_heads]
+// Quantized types are converted; where llama.cpp rotates quantized K and V (Hadamard), they come rotated.
+// Arrays may be NULL. Returns n, or a negative status; capacity counts cells.
+KVMERGE_API int32_t kvmerge_read_cells(
+        const struct kvmerge_engine * engine,
+        int32_t                       seq_id,
+        int32_t                       layer,
+        float                       * k,
+        float                       * v,
+        float                       * bias,
+        float                       * mass,
+        int32_t                     * order,
+        int32_t                       capacity);
+
+// The observed queries of a sequence for one layer: first the proxy window, then the flow samples.
+//   q         F32 [rows][n_head][n_embd_head_k], after RoPE (and rotation, as K)
+//   order     I32 [rows] index of the token in the sequence
+//   modality  U8  [rows]
+//   proxy     U8  [rows] 1 for rows of the proxy window, 0 for flow samples
+//   scale     F32 factor of the attention logits
+// Returns the number of rows, or a negative status; capacity counts rows.
+KVMERGE_API int32_t kvmerge_read_queries(
+        const struct kvmerge_engine * engine,
+        int32_t                       seq_id,
+        int32_t                       layer,
+        float                       * q,
+        int32_t                     * order,
+        uint8_t                     * modality,
+        uint8_t                     * proxy,
+        float                       * scale,
+        int32_t                       capacity);
+
+// Shape of one merged layer: model layer index, query heads, KV heads, head sizes. Any pointer may be NULL.
+KVMERGE_API int32_t kvmerge_get_layer(
+        const struct kvmerge_engine * engine,
+        int32_t                       layer,
+        int32_t                     * il,
+        int32_t                     * n_head,
+        int32_t                     * n_head_kv,
+        int32_t                     * n_embd_head_k,
+        int32_t                     * n_embd_head_v);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // KVMERGE_H

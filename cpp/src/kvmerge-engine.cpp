@@ -1,0 +1,691 @@
+#include "kvmerge-engine.h"
+
+#include "kvmerge-error.h"
+#include "kvmerge-fold.h"
+#include "kvmerge-match.h"
+#include "kvmerge-score.h"
+#include "kvmerge-select.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+//
+// attach and detach
+//
+
+// the part of a context's memory that grows with every token and can be merged
+static llama_kv_cache * find_cache(llama_context * lctx) {
+    llama_memory_t memory = lctx->get_memory();
+
+    if (auto * cur = dynamic_cast<llama_kv_cache *>(memory)) {
+        return cur;
+    }
+    if (auto * cur = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return cur->get_base();
+    }
+    if (auto * cur = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return cur->get_mem_attn();
+    }
+    if (auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return cur->get_mem_attn()->get_base();
+    }
+
+    return nullptr;
+}
+
+static kvmerge_status check_params(const kvmerge_params & params) {
+    if (params.size != sizeof(kvmerge_params)) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT,
+                "params.size is %u, this library's kvmerge_params has %zu bytes: header and library are of different versions",
+                params.size, sizeof(kvmerge_params));
+    }
+
+    const struct {
+        const char * name;
+        double value, min, max;
+    } ranges[] = {
+        { "score",       (double) params.score,       KVMERGE_SCORE_PROXY, KVMERGE_SCORE_POSITION },
+        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,  KVMERGE_MATCH_SEGMENT  },
+        { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,   KVMERGE_BIAS_COUNT     },
+        { "n_window",    (double) params.n_window,    1,                   256                    },
+        { "n_sink",      (double) params.n_sink,      0,                   256                    },
+        { "n_flow_rows", (double) params.n_flow_rows, 1,                   65536                  },
+        { "theta",       params.theta,                0,                   1                      },
+        { "tau",         params.tau,                  0,                   1                      },
+    };
+
+    for (const auto & range : ranges) {
+        if (!(range.value >= range.min && range.value <= range.max)) { // also catches NaN
+            return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "%s is %g, accepted is %g to %g", range.name, range.value, range.min, range.max);
+        }
+    }
+
+    return KVMERGE_OK;
+}
+
+kvmerge_engine::kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max) :
+    cache(cache), lctx(lctx), params(params), observer(params.n_window, params.n_flow_rows, n_seq_max),
+    v_trans(cache.v_trans), tokens(cache.get_size()), is_merged(cache.get_size()), sequences(n_seq_max) {
+    if (cache.hparams.attn_soft_cap) {
+        logit_softcap = cache.hparams.f_attn_logit_softcapping;
+    }
+}
+
+kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params & params, kvmerge_engine ** out) {
+    if (const auto status = check_params(params)) {
+        return status;
+    }
+
+    llama_kv_cache * cache = find_cache(lctx);
+
+    if (!cache) {
+        return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED,
+                "this model's memory is not a KV cache with keys and values (recurrent, MLA, sparse or encoder-only models cannot be merged)");
+    }
+    if (cache->merge && cache->merge->is_attached) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "an engine is attached to this context already");
+    }
+    if (cache->get_n_stream() > 1) {
+        return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "%u sequences with a cache each: use a unified cache (kv_unified) or one sequence", cache->get_n_stream());
+    }
+    if (cache->other) {
+        return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "this context shares the cache of another one");
+    }
+    if (cache->hparams.use_alibi) {
+        return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "the model uses ALiBi, whose attention depends on where a token is stored");
+    }
+    if (cache->get_cells(0).get_used() > 0) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "the cache holds tokens already: attach before the prompt is read, or clear the cache");
+    }
+
+    try {
+        std::shared_ptr<kvmerge_engine> engine(new kvmerge_engine(*cache, lctx, params, cache->get_n_seq_max()));
+
+        if (const auto status = engine->init_layers()) {
+            return status;
+        }
+
+        cache->merge = engine;
+    } catch (const std::bad_alloc &) {
+        return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory for the engine");
+    }
+
+    *out = cache->merge.get();
+
+    return KVMERGE_OK;
+}
+
+void kvmerge_engine::detach() {
+    is_attached = false;
+    version++;
+}
+
+// does the backend's attention take a mask per head?
+static bool supports_mask_per_head(ggml_backend_dev_t dev, const kvmerge_layer & layer, bool flash_attn) {
+    ggml_init_params params = {
+        /*.mem_size   =*/ 8*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx_ptr { ggml_init(params) };
+    ggml_context   * ctx = ctx_ptr.get();
+
+    const int64_t n_kv = 256;
+
+    ggml_tensor * res;
+
+    if (flash_attn) {
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32,  layer.n_embd_head_k, 1,    layer.n_head);
+        ggml_tensor * k    = ggml_new_tensor_3d(ctx, layer.k->type,  layer.n_embd_head_k, n_kv, layer.n_head_kv);
+        ggml_tensor * v    = ggml_new_tensor_3d(ctx, layer.v->type,  layer.n_embd_head_v, n_kv, layer.n_head_kv);
+        ggml_tensor * mask = ggml_new_tensor_3d(ctx, GGML_TYPE_F16,  n_kv,                1,    layer.n_head);
+
+        res = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
+    } else {
+        ggml_tensor * kq   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_kv, 1, layer.n_head);
+        ggml_tensor * mask = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_kv, 1, layer.n_head);
+
+        res = ggml_soft_max_ext(ctx, kq, mask, 1.0f, 0.0f);
+    }
+
+    return ggml_backend_dev_supports_op(dev, res);
+}
+
+kvmerge_status kvmerge_engine::init_layers() {
+    const auto & hparams    = cache.hparams;
+    const bool   flash_attn = lctx->get_cparams().flash_attn;
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+
+    const auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
+        auto & ctx = ctx_map[buft];
+        if (!ctx) {
+            ggml_init_params ctx_params = {
+                /*.mem_size   =*/ 2*cache.layers.size()*ggml_tensor_overhead(),
+                /*.mem_buffer =*/ nullptr,
+                /*.no_alloc   =*/ true,
+            };
+
+            ctx = ggml_init(ctx_params);
+            ctxs_bufs.emplace_back(ctx, nullptr);
+        }
+
+        return ctx;
+    };
+
+    for (const auto & kv : cache.layers) {
+        if (!kv.k || !kv.v) {
+            return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "layer %u keeps no values of its own (multi-head latent attention cannot be merged)", kv.il);
+        }
+
+        kvmerge_layer layer = {};
+
+        layer.il            = kv.il;
+        layer.n_head        = hparams.n_head(kv.il);
+        layer.n_head_kv     = hparams.n_head_kv(kv.il);
+        layer.n_embd_head_k = hparams.n_embd_head_k(kv.il);
+        layer.n_embd_head_v = hparams.n_embd_head_v(kv.il);
+        layer.k             = kv.k_stream[0];
+        layer.v             = kv.v_stream[0];
+        layer.kq_scale      = 1.0f/sqrtf(float(layer.n_embd_head_k));
+
+        if (layer.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || layer.n_embd_head_v % ggml_blck_size(layer.v->type) != 0) {
+            return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED,
+                    "layer %u: head size %d/%d does not divide into the blocks of cache types %s/%s: use f16",
+                    kv.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(layer.k->type), ggml_type_name(layer.v->type));
+        }
+
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(kv.k->buffer);
+        ggml_backend_dev_t         dev  = ggml_backend_buft_get_device(buft);
+
+        ggml_context * ctx = ctx_for_buft(buft);
+
+        layer.q    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) layer.n_embd_head_k*layer.n_head, observer.n_slots());
+        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, cache.get_size(), layer.n_head_kv);
+
+        ggml_format_name(layer.q,    "kvmerge_q_l%d",    layer.il);
+        ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
+
+        layer.mask_per_head = !dev || supports_mask_per_head(dev, layer, flash_attn);
+
+        layers.push_back(layer);
+    }
+
+    for (auto & [ctx, buf] : ctxs_bufs) {
+        for (const auto & [buft, cur] : ctx_map) {
+            if (cur == ctx.get()) {
+                buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(cur, buft));
+            }
+        }
+        if (!buf) {
+            return kvmerge_error(KVMERGE_ERROR_MEMORY, "failed to allocate the buffer of the observed queries");
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+    }
+
+    flows.resize(layers.size());
+    merged.resize(layers.size());
+    for (size_t l = 0; l < layers.size(); ++l) {
+        merged[l].resize(layers[l].n_head_kv);
+    }
+
+    stats.n_layers       = layers.size();
+    stats.n_heads        = n_head_kv_max();
+    stats.bytes_per_cell = bytes_per_cell();
+
+    return KVMERGE_OK;
+}
+
+kvmerge_status kvmerge_engine::set_params(const kvmerge_params & params_new) {
+    if (const auto status = check_params(params_new)) {
+        return status;
+    }
+    if (params_new.n_window != params.n_window || params_new.n_flow_rows != params.n_flow_rows) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_window (%d) and n_flow_rows (%d) cannot change after attaching", params.n_window, params.n_flow_rows);
+    }
+
+    params = params_new;
+
+    return KVMERGE_OK;
+}
+
+//
+// observe
+//
+
+kvmerge_status kvmerge_engine::media_begin(int32_t modality) {
+    if (modality != KVMERGE_IMAGE && modality != KVMERGE_AUDIO) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "modality is %d, accepted are KVMERGE_IMAGE (%d) and KVMERGE_AUDIO (%d)", modality, KVMERGE_IMAGE, KVMERGE_AUDIO);
+    }
+    if (media.is_open) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "the medium before was not ended");
+    }
+
+    media.is_open  = true;
+    media.is_new   = true;
+    media.modality = modality;
+
+    return KVMERGE_OK;
+}
+
+kvmerge_status kvmerge_engine::media_end() {
+    if (!media.is_open) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "no medium was begun");
+    }
+
+    media.is_open = false;
+
+    return KVMERGE_OK;
+}
+
+void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch) {
+    std::vector<int32_t> seq  (ubatch.n_tokens);
+    std::vector<int32_t> order(ubatch.n_tokens);
+    std::vector<uint8_t> modality(ubatch.n_tokens);
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & s = sequences[ubatch.seq_id[i][0]];
+
+        const uint8_t m = media.is_open ? media.modality : ubatch.token ? KVMERGE_TEXT : KVMERGE_IMAGE;
+
+        if (s.segment < 0 || m != s.modality || (media.is_open && media.is_new)) {
+            s.segment++;
+        }
+        media.is_new = false;
+        s.modality   = m;
+
+        seq  [i]    = ubatch.seq_id[i][0];
+        order[i]    = s.n_seen++;
+        modality[i] = m;
+
+        auto & token = tokens[cells[i]];
+
+        token          = {};
+        token.order    = order[i];
+        token.segment  = s.segment;
+        token.modality = m;
+
+        // the token may belong to more sequences
+        for (int32_t j = 1; j < ubatch.n_seq_id[i]; ++j) {
+            sequences[ubatch.seq_id[i][j]].n_seen = s.n_seen;
+        }
+    }
+
+    observer.choose(seq, order, modality);
+}
+
+//
+// changes of the cache
+//
+
+void kvmerge_engine::on_clear() {
+    for (size_t s = 0; s < sequences.size(); ++s) {
+        sequences[s] = {};
+        observer.clear(s);
+    }
+
+    std::fill(is_merged.begin(), is_merged.end(), 0);
+
+    // the bias of free cells has to be zero: they are going to hold plain tokens
+    if (has_bias) {
+        has_bias = false;
+        version++;
+
+        for (auto & [ctx, buf] : ctxs_bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+
+    media.is_open = false;
+    pending       = {};
+}
+
+bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const auto & cells = cache.get_cells(0);
+
+    const int32_t first = seq_id < 0 ? 0                : seq_id;
+    const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
+
+    const auto is_whole = [&](int32_t s) { return p0 <= cells.seq_pos_min(s) && p1 > cells.seq_pos_max(s); };
+
+    for (int32_t s = first; s < last; ++s) {
+        if (cells.seq_pos_min(s) >= 0 && !is_whole(s) && p0 < sequences[s].pos_merged) {
+            return false;
+        }
+    }
+
+    bool freed_bias = false;
+
+    for (int32_t s = first; s < last; ++s) {
+        if (cells.seq_pos_min(s) < 0) {
+            continue;
+        }
+
+        // the tail that goes, if it is one
+        int32_t n_seen = sequences[s].n_seen;
+        int64_t removed[kvmerge_observer::n_modalities] = {};
+
+        for (const auto & [pos, idx] : cells.seq_pos_get(s)) {
+            if (pos < p0 || pos >= p1) {
+                continue;
+            }
+            if (cells.seq_count(idx) == 1 && is_merged[idx]) {
+                is_merged[idx] = 0;
+                freed_bias = true;
+            }
+            n_seen = std::min(n_seen, tokens[idx].order);
+            removed[tokens[idx].modality]++;
+        }
+
+        if (is_whole(s)) {
+            sequences[s] = {};
+            observer.clear(s);
+        } else if (p1 > cells.seq_pos_max(s)) {
+            sequences[s].n_seen  = n_seen;
+            sequences[s].segment++; // whatever comes now is not part of what was cut
+            observer.truncate(s, n_seen, removed);
+        }
+    }
+
+    if (freed_bias && has_bias) {
+        for (size_t l = 0; l < layers.size(); ++l) {
+            upload_bias(l);
+        }
+    }
+
+    return true;
+}
+
+void kvmerge_engine::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    sequences[seq_id_dst] = sequences[seq_id_src];
+    observer.copy(seq_id_src, seq_id_dst);
+}
+
+//
+// merge
+//
+
+kvmerge_layer * kvmerge_engine::find_layer(const ggml_tensor * k) {
+    for (auto & layer : layers) {
+        if (layer.k->data == (k->view_src ? k->view_src->data : k->data)) {
+            return &layer;
+        }
+    }
+
+    return nullptr;
+}
+
+size_t kvmerge_engine::n_head_kv_max() const {
+    int32_t res = 0;
+    for (const auto & layer : layers) {
+        res = std::max(res, layer.n_head_kv);
+    }
+
+    return res;
+}
+
+size_t kvmerge_engine::bytes_per_cell() const {
+    size_t res = 0;
+    for (const auto & layer : layers) {
+        res += ggml_row_size(layer.k->type, layer.k->ne[0]) + ggml_row_size(layer.v->type, layer.v->ne[0]);
+    }
+
+    return res;
+}
+
+std::vector<uint32_t> kvmerge_engine::sequence_cells(llama_seq_id seq_id) const {
+    std::vector<uint32_t> res;
+
+    for (const auto & [pos, idx] : cache.get_cells(0).seq_pos_get(seq_id)) {
+        res.push_back(idx);
+    }
+
+    // positions may repeat (M-RoPE), the order of tokens does not
+    std::stable_sort(res.begin(), res.end(), [&](uint32_t a, uint32_t b) { return tokens[a].order < tokens[b].order; });
+
+    return res;
+}
+
+const kvmerge_cell & kvmerge_engine::cell(uint32_t idx, size_t layer, int32_t head) const {
+    return is_merged[idx] ? merged[layer][head][idx] : tokens[idx];
+}
+
+void kvmerge_engine::upload_bias(size_t l) {
+    const auto & layer = layers[l];
+
+    std::vector<float> bias(layer.bias->ne[0]*layer.bias->ne[1]);
+
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        for (uint32_t i = 0; i < is_merged.size(); ++i) {
+            bias[h*layer.bias->ne[0] + i] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
+        }
+    }
+
+    if (layer.bias->type == GGML_TYPE_F16) {
+        std::vector<ggml_fp16_t> half(bias.size());
+        ggml_fp32_to_fp16_row(bias.data(), half.data(), bias.size());
+        ggml_backend_tensor_set(layer.bias, half.data(), 0, ggml_nbytes(layer.bias));
+    } else {
+        ggml_backend_tensor_set(layer.bias, bias.data(), 0, ggml_nbytes(layer.bias));
+    }
+}
+
+kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
+    if (seq_id < 0 || (size_t) seq_id >= sequences.size()) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "seq_id is %d, accepted is 0 to %zu", seq_id, sequences.size() - 1);
+    }
+    if (n_cells < 1) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_cells is %d, accepted is 1 and more", n_cells);
+    }
+
+    const auto cells = sequence_cells(seq_id);
+
+    if ((size_t) n_cells >= cells.size()) {
+        return KVMERGE_OK;
+    }
+    for (uint32_t idx : cells) {
+        if (cache.get_cells(0).seq_count(idx) > 1) {
+            return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "sequence %d shares cells with another sequence: merge before it is copied", seq_id);
+        }
+    }
+    if (cache.get_has_shift()) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "positions were shifted and the shift is not applied yet: decode first");
+    }
+    if (observer.window(seq_id, sequences[seq_id].n_seen).empty()) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "no query of sequence %d was observed: its tokens were copied or restored, decode at least one", seq_id);
+    }
+
+    pending = { seq_id, n_cells, KVMERGE_OK };
+
+    // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
+    lctx->memory_update(true);
+
+    const kvmerge_status status = pending.status;
+
+    pending = {};
+
+    return status;
+}
+
+bool kvmerge_engine::on_update(llama_context * lctx_update) {
+    if (!is_pending()) {
+        return false;
+    }
+
+    GGML_ASSERT(lctx_update == lctx);
+
+    try {
+        pending.status = run(pending.seq_id, pending.n_cells);
+    } catch (const std::bad_alloc &) {
+        pending.status = kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
+    }
+
+    return pending.status == KVMERGE_OK;
+}
+
+kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
+    const int64_t t_start = ggml_time_us();
+
+    lctx->synchronize();
+
+    const auto cells = sequence_cells(seq_id);
+
+    std::vector<std::vector<kvmerge_plan>> plans_new(layers.size());
+    std::vector<kvmerge_flow>              flows_new(layers.size());
+
+    kvmerge_graph graph(lctx);
+
+    // score
+    for (size_t l = 0; l < layers.size(); ++l) {
+        plans_new[l].resize(layers[l].n_head_kv);
+
+        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            for (uint32_t idx : cells) {
+                plans_new[l][h].cells.push_back(cell(idx, l, h));
+            }
+        }
+
+        if (params.score == KVMERGE_SCORE_POSITION) {
+            for (auto & plan : plans_new[l]) {
+                for (const auto & cur : plan.cells) {
+                    plan.score.push_back(cur.order);
+                }
+            }
+        } else if (!kvmerge_score_layer(graph, *this, layers[l], seq_id, sequences[seq_id].n_seen, cells, plans_new[l], flows_new[l]) || !graph.run()) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to score layer %d", layers[l].il);
+        }
+    }
+
+    const int64_t t_score = ggml_time_us();
+
+    // select and match
+    for (size_t l = 0; l < layers.size(); ++l) {
+        for (auto & plan : plans_new[l]) {
+            kvmerge_select(plan, n_cells, params);
+        }
+
+        if (!kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, plans_new[l]) || !graph.run()) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
+        }
+    }
+
+    const int64_t t_match = ggml_time_us();
+
+    // fold: from here on the cache changes
+    for (size_t l = 0; l < layers.size(); ++l) {
+        if (!kvmerge_fold_layer(graph, *this, layers[l], cells, plans_new[l]) || !graph.run()) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to fold layer %d: clear sequence %d", layers[l].il, seq_id);
+        }
+    }
+
+    plans = std::move(plans_new);
+    flows = std::move(flows_new);
+
+    compact(seq_id, cells, n_cells);
+
+    const int64_t t_end = ggml_time_us();
+
+    stats.n_merges++;
+    stats.n_tokens       = sequences[seq_id].n_seen;
+    stats.n_cells_before = cells.size();
+    stats.n_cells_after  = n_cells;
+    stats.t_score_us     = t_score - t_start;
+    stats.t_match_us     = t_match - t_score;
+    stats.t_fold_us      = t_end   - t_match;
+    stats.t_total_us     = t_end   - t_start;
+
+    LLAMA_LOG_INFO("%s: sequence %d: %zu -> %d cells in %.1f ms\n", __func__, seq_id, cells.size(), n_cells, stats.t_total_us/1000.0);
+
+    return KVMERGE_OK;
+}
+
+void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells) {
+    // what the pivots hold now
+    for (size_t l = 0; l < layers.size(); ++l) {
+        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            const auto & plan = plans[l][h];
+
+            std::vector<float> mass(plan.cells.size());
+            for (size_t i = 0; i < plan.cells.size(); ++i) {
+                if (plan.target[i] >= 0) {
+                    mass[plan.target[i]] += plan.cells[i].mass;
+                }
+            }
+
+            auto & dst = merged[l][h];
+            if (dst.size() < is_merged.size()) {
+                dst.resize(cells[n_cells - 1] >= dst.size() ? cells[n_cells - 1] + 1 : dst.size());
+            }
+
+            for (int32_t c = 0; c < n_cells; ++c) {
+                auto cur = plan.cells[plan.kept[c]];
+
+                cur.mass = mass[plan.kept[c]];
+                cur.bias = params.bias == KVMERGE_BIAS_COUNT ? logf(cur.mass) : 0.0f;
+
+                dst[cells[c]] = cur;
+            }
+        }
+    }
+
+    // The table of cells is shared by all layers and heads. A merged cell takes position and order from the pivot of the
+    // first layer and head: only their sequence matters, all of it lies in the past of the tokens to come.
+    // The last n_window tokens are the same everywhere, so that they can still be removed one by one.
+    auto & table = const_cast<llama_kv_cache &>(cache).v_cells[0];
+
+    const auto & kept = plans[0][0].kept;
+
+    std::vector<llama_pos>         pos(n_cells);
+    std::vector<llama_kv_cell_ext> ext(n_cells);
+    std::vector<kvmerge_cell>      cur(n_cells);
+
+    for (int32_t c = 0; c < n_cells; ++c) {
+        pos[c] = table.pos_get(cells[kept[c]]);
+        ext[c] = table.ext_get(cells[kept[c]]);
+        cur[c] = tokens[cells[kept[c]]];
+    }
+
+    for (uint32_t idx : cells) {
+        table.rm(idx);
+        is_merged[idx] = 0;
+    }
+
+    bool any_bias = has_bias;
+
+    for (int32_t c = 0; c < n_cells; ++c) {
+        table.pos_set(cells[c], pos[c]);
+        table.ext_set(cells[c], ext[c]);
+        table.seq_add(cells[c], seq_id);
+
+        tokens   [cells[c]] = cur[c];
+        is_merged[cells[c]] = 1;
+    }
+
+    any_bias = any_bias || params.bias != KVMERGE_BIAS_NONE;
+
+    sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(params.n_window, n_cells))];
+
+    const_cast<llama_kv_cache &>(cache).v_heads[0] = table.used_max_p1();
+
+    if (any_bias) {
+        for (size_t l = 0; l < layers.size(); ++l) {
+            upload_bias(l);
+        }
+    }
+    if (any_bias != has_bias) {
+        has_bias = any_bias;
+    }
+
+    version++;
+}

@@ -1,0 +1,152 @@
+#pragma once
+
+// The engine: the state of merging for one KV cache, and the conductor of its steps.
+//
+// llama_kv_cache holds it and calls on_...() where its own state changes; nothing else of llama.cpp knows of it.
+
+#include "kvmerge-graph.h"
+#include "kvmerge-observe.h"
+#include "kvmerge-plan.h"
+
+#include "ggml-cpp.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+class  llama_kv_cache;
+struct llama_context;
+struct llama_ubatch;
+
+// one layer of the cache, as the steps see it
+struct kvmerge_layer {
+    int32_t il; // layer of the model
+
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+
+    ggml_tensor * k; // [n_embd_head_k*n_head_kv, kv_size]
+    ggml_tensor * v; // [n_embd_head_v*n_head_kv, kv_size]; memory holds it transposed when v_trans
+
+    ggml_tensor * q;    // F32     [n_embd_head_k*n_head, n_slots] observed queries
+    ggml_tensor * bias; // F16/F32 [kv_size, n_head_kv]            the type of the attention mask
+
+    bool mask_per_head; // the backend's attention takes a mask per head
+
+    // of the model's graph, noted when it is built
+    float         kq_scale = 0.0f;
+    ggml_tensor * sinks    = nullptr; // F32 [n_head]
+};
+
+
+struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
+    static kvmerge_status attach(llama_context * lctx, const kvmerge_params & params, kvmerge_engine ** out);
+
+    // stop observing; the engine stays with the cache, because merged cells still need their bias
+    void detach();
+
+    kvmerge_status set_params(const kvmerge_params & params);
+
+    kvmerge_status media_begin(int32_t modality);
+    kvmerge_status media_end();
+
+    kvmerge_status merge(llama_seq_id seq_id, int32_t n_cells);
+
+    //
+    // called by llama_kv_cache
+    //
+
+    void on_clear();
+    bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: the range cuts into merged cells
+    void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
+    void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
+    bool on_update(llama_context * lctx);
+
+    bool is_pending() const { return pending.n_cells > 0; }
+
+    //
+    // for the steps
+    //
+
+    // tokens that a sequence has read
+    int32_t n_seen(llama_seq_id seq_id) const { return sequences[seq_id].n_seen; }
+
+    // cells of a sequence, in the order of their tokens
+    std::vector<uint32_t> sequence_cells(llama_seq_id seq_id) const;
+
+    // the layer whose K a graph's view shows, nullptr if there is none
+    kvmerge_layer * find_layer(const ggml_tensor * k);
+
+    // what a cell holds for a layer and KV head
+    const kvmerge_cell & cell(uint32_t idx, size_t layer, int32_t head) const;
+
+    size_t n_head_kv_max() const;
+    size_t bytes_per_cell() const;
+
+    const llama_kv_cache & cache;
+    llama_context        * lctx;
+
+    kvmerge_params   params;
+    kvmerge_observer observer;
+
+    std::vector<kvmerge_layer> layers;
+
+    float logit_softcap = 0.0f; // 0: none
+    bool  v_trans;              // V lies transposed (no flash attention)
+    bool  is_attached = true;   // queries are observed
+    bool  has_bias    = false;  // some cell has a bias: the graphs add it
+    int   version     = 0;      // goes up whenever graphs built before no longer fit
+
+    // figures of the last merge
+    kvmerge_stats                          stats = {};
+    std::vector<kvmerge_flow>              flows; // [layer]
+    std::vector<std::vector<kvmerge_plan>> plans; // [layer][head]
+
+private:
+    friend class kvmerge_graph_input;
+
+    kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max);
+
+    kvmerge_status init_layers();
+
+    kvmerge_status run(llama_seq_id seq_id, int32_t n_cells);
+
+    // compact: cells[0, B) of the sequence take the pivots, the others are freed
+    void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
+
+    void upload_bias(size_t layer);
+
+    // per cell: what was written there; valid for every layer and head until the cell is merged
+    std::vector<kvmerge_cell> tokens; // [kv_size]
+
+    // merged cells differ from head to head
+    std::vector<uint8_t>                                is_merged; // [kv_size]
+    std::vector<std::vector<std::vector<kvmerge_cell>>> merged;    // [layer][head][up to kv_size]
+
+    struct sequence {
+        int32_t   n_seen     = 0;  // tokens read so far
+        int32_t   segment    = -1; // the segment that is being read
+        uint8_t   modality   = KVMERGE_TEXT;
+        llama_pos pos_merged = 0;  // positions below it are merged: they cannot be removed one by one
+    };
+
+    std::vector<sequence> sequences; // [n_seq_max]
+
+    struct {
+        bool    is_open  = false;
+        bool    is_new   = false; // no token of it was seen yet
+        uint8_t modality = KVMERGE_IMAGE;
+    } media;
+
+    struct {
+        llama_seq_id   seq_id  = -1;
+        int32_t        n_cells = 0; // 0: no merge is waiting
+        kvmerge_status status  = KVMERGE_OK;
+    } pending;
+
+    // buffers of the observed queries and of the bias, on the device of their layer
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+};

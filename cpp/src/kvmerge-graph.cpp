@@ -1,0 +1,90 @@
+#include "kvmerge-graph.h"
+
+#include "llama-context.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+
+kvmerge_graph::kvmerge_graph(llama_context * lctx) : lctx(lctx), max_nodes(lctx->graph_max_nodes(1)) {
+    reset();
+}
+
+void kvmerge_graph::reset() {
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead()*2*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    inputs.clear();
+    outputs.clear();
+
+    ctx_.reset(ggml_init(params));
+    gf = ggml_new_graph_custom(ctx_.get(), max_nodes, false);
+}
+
+ggml_tensor * kvmerge_graph::input(ggml_type type, std::vector<int64_t> shape, const void * data) {
+    ggml_tensor * t = ggml_new_tensor(ctx_.get(), type, shape.size(), shape.data());
+    ggml_set_input(t);
+
+    const uint8_t * bytes = static_cast<const uint8_t *>(data);
+    inputs.push_back({ t, std::vector<uint8_t>(bytes, bytes + ggml_nbytes(t)) });
+
+    return t;
+}
+
+void kvmerge_graph::output(ggml_tensor * t, std::function<void(const std::vector<uint8_t> &)> read) {
+    ggml_set_output(t);
+    ggml_build_forward_expand(gf, t);
+
+    outputs.emplace_back(t, std::move(read));
+}
+
+void kvmerge_graph::store(ggml_tensor * t) {
+    ggml_build_forward_expand(gf, t);
+}
+
+bool kvmerge_graph::is_full() const {
+    return ggml_graph_n_nodes(gf) + (int) inputs.size() > max_nodes/4;
+}
+
+bool kvmerge_graph::run() {
+    bool ok = true;
+
+    if (ggml_graph_n_nodes(gf) > 0) {
+        ggml_backend_sched_t sched = lctx->get_sched();
+
+        ggml_backend_sched_reset(sched);
+
+        ok = ggml_backend_sched_alloc_graph(sched, gf);
+
+        if (ok) {
+            for (const auto & inp : inputs) {
+                // an input that no node reads is not allocated
+                if (inp.tensor->buffer) {
+                    ggml_backend_tensor_set(inp.tensor, inp.data.data(), 0, inp.data.size());
+                }
+            }
+
+            ok = lctx->graph_compute(gf, true) == GGML_STATUS_SUCCESS;
+        }
+
+        if (ok) {
+            ggml_backend_sched_synchronize(sched);
+
+            std::vector<uint8_t> bytes;
+            for (const auto & [t, read] : outputs) {
+                bytes.resize(ggml_nbytes(t));
+                ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+                read(bytes);
+            }
+        }
+
+        ggml_backend_sched_reset(sched);
+    }
+
+    reset();
+
+    return ok;
+}

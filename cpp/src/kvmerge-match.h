@@ -1,0 +1,16 @@
+#pragma once
+
+// match: the pivot that each evicted cell folds into, by cosine similarity of keys (FlowMM eq. 9).
+
+#include "kvmerge-engine.h"
+
+// Fills plans[head].target of one layer; evicted cells that find a pivot become KVMERGE_FOLDED.
+// The graph is only built here (it may run in between when it gets large): results arrive when it runs.
+// false: the backend failed.
+bool kvmerge_match_layer(
+              kvmerge_graph         & graph,
+        const kvmerge_engine        & engine,
+        const kvmerge_layer         & layer,
+        const kvmerge_flow          & flow,
+        const std::vector<uint32_t> & cells,
+        std::vector<kvmerge_plan>   & plans);

@@ -1,0 +1,228 @@
+#include "kvmerge-score.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+// scratch for the attention weights of one piece of the graph
+static constexpr int64_t MAX_ELEMENTS = 8*1024*1024;
+
+// K of the given cells: [n_embd_head_k, n, n_head_kv]
+static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<uint32_t> & cells, int32_t head, int32_t n_heads) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t n = cells.size();
+    const size_t  row = ggml_row_size(layer.k->type, layer.n_embd_head_k);
+
+    if (cells.back() - cells.front() + 1 == (uint32_t) n) {
+        return ggml_view_3d(ctx, layer.k, layer.n_embd_head_k, n, n_heads, layer.k->nb[1], row, cells.front()*layer.k->nb[1] + head*row);
+    }
+
+    // scattered: gather them, head by head
+    ggml_tensor * flat = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
+
+    std::vector<int32_t> idx(n*n_heads);
+    for (int32_t h = 0; h < n_heads; ++h) {
+        for (int64_t i = 0; i < n; ++i) {
+            idx[h*n + i] = (int32_t) cells[i]*layer.n_head_kv + head + h;
+        }
+    }
+
+    ggml_tensor * k = ggml_get_rows(ctx, flat, graph.input(GGML_TYPE_I32, { n*n_heads }, idx.data()));
+
+    return ggml_reshape_3d(ctx, k, layer.n_embd_head_k, n, n_heads);
+}
+
+// attention of the queries in `slots` over the cells, for n_heads KV heads from `head` on: [n, rows, n_group, n_heads]
+static ggml_tensor * build_attention(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
+        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
+        const std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t n       = cells.size();
+    const int64_t n_rows  = slots.size();
+    const int64_t n_group = layer.n_head/layer.n_head_kv;
+    const int64_t d       = layer.n_embd_head_k;
+
+    ggml_tensor * q = ggml_get_rows(ctx, layer.q, graph.input(GGML_TYPE_I32, { n_rows }, slots.data()));
+    q = ggml_view_3d(ctx, q, d, n_rows, n_group*n_heads, q->nb[1], d*sizeof(float), head*n_group*d*sizeof(float));
+
+    ggml_tensor * k = build_keys(graph, layer, cells, head, n_heads);
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);                                          // [n, rows, n_group*n_heads]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    float scale = layer.kq_scale;
+
+    if (engine.logit_softcap > 0.0f) {
+        kq = ggml_scale(ctx, kq, scale/engine.logit_softcap);
+        kq = ggml_tanh (ctx, kq);
+        kq = ggml_scale(ctx, kq, engine.logit_softcap);
+
+        scale = 1.0f;
+    }
+
+    if (engine.has_bias) {
+        std::vector<float> bias(n*n_heads);
+        for (int32_t h = 0; h < n_heads; ++h) {
+            for (int64_t i = 0; i < n; ++i) {
+                bias[h*n + i] = plans[head + h].cells[i].bias;
+            }
+        }
+
+        kq = ggml_scale(ctx, kq, scale);
+        kq = ggml_reshape_4d(ctx, kq, n, n_rows, n_group, n_heads);
+        kq = ggml_add  (ctx, kq, graph.input(GGML_TYPE_F32, { n, 1, 1, n_heads }, bias.data()));
+        kq = ggml_reshape_3d(ctx, kq, n, n_rows, n_group*n_heads);
+
+        scale = 1.0f;
+    }
+
+    // a query sees the cells up to its own token
+    std::vector<float> mask(n*n_rows);
+    for (int64_t j = 0; j < n_rows; ++j) {
+        const int32_t order = engine.observer.row(slots[j]).order;
+
+        for (int64_t i = 0; i < n; ++i) {
+            mask[j*n + i] = plans[0].cells[i].order <= order ? 0.0f : -INFINITY;
+        }
+    }
+
+    kq = ggml_soft_max_ext(ctx, kq, graph.input(GGML_TYPE_F32, { n, n_rows }, mask.data()), scale, 0.0f);
+
+    if (layer.sinks) {
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, layer.sinks, n_group*n_heads, head*n_group*layer.sinks->nb[0]));
+    }
+
+    return ggml_reshape_4d(ctx, kq, n, n_rows, n_group, n_heads);
+}
+
+// I(i): what the proxy queries give to cell i, summed over queries and the group's heads (FlowMM eq. 8)
+static void build_importance(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
+        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
+        std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t n = cells.size();
+
+    ggml_tensor * a = build_attention(graph, engine, layer, slots, cells, plans, head, n_heads);
+
+    a = ggml_reshape_3d(ctx, a, n, a->ne[1]*a->ne[2], n_heads);                          // [n, rows*n_group, n_heads]
+    a = ggml_cont(ctx, ggml_permute(ctx, a, 1, 0, 2, 3));                                // [rows*n_group, n, n_heads]
+    a = ggml_sum_rows(ctx, a);                                                           // [1, n, n_heads]
+
+    graph.output(a, [&plans, n, head, n_heads](const std::vector<uint8_t> & bytes) {
+        for (int32_t h = 0; h < n_heads; ++h) {
+            auto & score = plans[head + h].score;
+            score.resize(n);
+            memcpy(score.data(), bytes.data() + h*n*sizeof(float), n*sizeof(float));
+        }
+    });
+}
+
+// share of attention that crosses modalities (FlowMM eq. 6-7), from sampled queries, each weighted with the number of
+// tokens of its modality that it stands for
+static void build_flow(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer, llama_seq_id seq_id,
+        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
+        const std::vector<kvmerge_plan> & plans, kvmerge_flow & flow, int32_t head, int32_t n_heads) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t n      = cells.size();
+    const int64_t n_rows = slots.size();
+
+    ggml_tensor * a = build_attention(graph, engine, layer, slots, cells, plans, head, n_heads);
+
+    // 1 where query and cell differ in modality
+    std::vector<float> crosses(n*n_rows*n_heads);
+    for (int32_t h = 0; h < n_heads; ++h) {
+        for (int64_t j = 0; j < n_rows; ++j) {
+            for (int64_t i = 0; i < n; ++i) {
+                crosses[(h*n_rows + j)*n + i] = plans[head + h].cells[i].modality != engine.observer.row(slots[j]).modality;
+            }
+        }
+    }
+
+    a = ggml_mul(ctx, a, graph.input(GGML_TYPE_F32, { n, n_rows, 1, n_heads }, crosses.data()));
+    a = ggml_sum_rows(ctx, a);                                                           // [1, rows, n_group, n_heads]
+
+    // rows and tokens of each modality
+    std::vector<double> n_sampled(kvmerge_observer::n_modalities);
+    std::vector<double> weight   (kvmerge_observer::n_modalities);
+
+    double n_seen = 0;
+    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+        n_seen += engine.observer.count(seq_id, m);
+    }
+
+    std::vector<uint8_t> modality(n_rows);
+    for (int64_t j = 0; j < n_rows; ++j) {
+        modality[j] = engine.observer.row(slots[j]).modality;
+        n_sampled[modality[j]]++;
+    }
+    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+        if (n_sampled[m] > 0) {
+            weight[m] = engine.observer.count(seq_id, m)/n_sampled[m]/n_seen/layer.n_head;
+        }
+    }
+
+    graph.output(a, [&flow, modality, weight, n_rows](const std::vector<uint8_t> & bytes) {
+        const float * crossing = reinterpret_cast<const float *>(bytes.data());
+
+        for (size_t i = 0; i < bytes.size()/sizeof(float); ++i) {
+            const uint8_t m    = modality[i % n_rows];
+            const double  part = crossing[i]*weight[m];
+
+            flow.rho += part;
+            (m == KVMERGE_TEXT ? flow.text_to_media : flow.media_to_text) += part;
+        }
+    });
+}
+
+bool kvmerge_score_layer(
+              kvmerge_graph         & graph,
+        const kvmerge_engine        & engine,
+        const kvmerge_layer         & layer,
+              llama_seq_id            seq_id,
+              int32_t                 n_seen,
+        const std::vector<uint32_t> & cells,
+        std::vector<kvmerge_plan>   & plans,
+              kvmerge_flow          & flow) {
+    const auto window  = engine.observer.window (seq_id, n_seen);
+    const auto samples = engine.observer.samples(seq_id, n_seen);
+
+    // as many KV heads at a time as the scratch allows
+    const auto heads_at_once = [&](size_t n_rows) {
+        const int64_t per_head = (int64_t) cells.size()*n_rows*(layer.n_head/layer.n_head_kv);
+
+        return (int32_t) std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/per_head));
+    };
+
+    int32_t step = heads_at_once(window.size());
+    for (int32_t h = 0; h < layer.n_head_kv; h += step) {
+        if (graph.is_full() && !graph.run()) {
+            return false;
+        }
+        build_importance(graph, engine, layer, window, cells, plans, h, std::min(step, layer.n_head_kv - h));
+    }
+
+    int n_present = 0;
+    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+        n_present += engine.observer.count(seq_id, m) > 0;
+    }
+
+    // with one modality nothing can cross
+    if (n_present > 1 && !samples.empty()) {
+        step = heads_at_once(samples.size());
+        for (int32_t h = 0; h < layer.n_head_kv; h += step) {
+            if (graph.is_full() && !graph.run()) {
+                return false;
+            }
+            build_flow(graph, engine, layer, seq_id, samples, cells, plans, flow, h, std::min(step, layer.n_head_kv - h));
+        }
+    }
+
+    return true;
+}

@@ -1,0 +1,18 @@
+#pragma once
+
+// score: importance of every cell, and the flow between modalities, from the observed queries.
+
+#include "kvmerge-engine.h"
+
+// Fills plans[head].score of one layer, and its flow. `cells` are those of the sequence, in order; plans[head].cells is set.
+// The graph is only built here (it may run in between when it gets large): results arrive when it runs.
+// false: the backend failed.
+bool kvmerge_score_layer(
+              kvmerge_graph         & graph,
+        const kvmerge_engine        & engine,
+        const kvmerge_layer         & layer,
+              llama_seq_id            seq_id,
+              int32_t                 n_seen,
+        const std::vector<uint32_t> & cells,
+        std::vector<kvmerge_plan>   & plans,
+              kvmerge_flow          & flow);

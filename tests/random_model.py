@@ -1,0 +1,104 @@
+"""Language models with random weights, for tests and benchmarks that need shapes and not sense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a Llama-type decoder.
+
+    Attributes
+    ----------
+    layers, heads, heads_kv, head_size, ffn, vocab, context
+        As in the GGUF metadata; the embedding has ``heads * head_size`` values.
+    """
+
+    layers: int = 3
+    heads: int = 4
+    heads_kv: int = 2
+    head_size: int = 64
+    ffn: int = 256
+    vocab: int = 512
+    context: int = 8192
+
+    @property
+    def embedding(self) -> int:
+        """Size of the embedding."""
+        return self.heads * self.head_size
+
+
+def write_random_model(
+    path: Path,
+    shape: Shape,
+    *,
+    seed: int = 0,
+    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16,
+) -> Path:
+    """Write a GGUF with random weights that llama.cpp loads.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    shape
+        Shape of the model.
+    seed
+        Seed of the weights.
+    quantization
+        Type of the matrices; norms are F32.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random")
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.embedding)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.heads_kv)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_tokenizer_model("no_vocab")
+
+    def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+        weights = rng.standard_normal((rows, columns), dtype=np.float32) * gain / columns**0.5
+        if quantization in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            kind = np.float16 if quantization == gguf.GGMLQuantizationType.F16 else np.float32
+            writer.add_tensor(name, weights.astype(kind))
+        else:
+            packed = gguf.quantize(weights, quantization)
+            writer.add_tensor(name, packed, raw_dtype=quantization)
+
+    def norm(name: str) -> None:
+        writer.add_tensor(name, np.ones(shape.embedding, dtype=np.float32))
+
+    kv = shape.heads_kv * shape.head_size
+    matrix("token_embd.weight", shape.vocab, shape.embedding, gain=shape.embedding**0.5)
+    matrix("output.weight", shape.vocab, shape.embedding)
+    norm("output_norm.weight")
+    for layer in range(shape.layers):
+        block = f"blk.{layer}"
+        norm(f"{block}.attn_norm.weight")
+        norm(f"{block}.ffn_norm.weight")
+        # a gain on Q and K makes attention uneven, as it is in trained models
+        matrix(f"{block}.attn_q.weight", shape.embedding, shape.embedding, gain=1.5)
+        matrix(f"{block}.attn_k.weight", kv, shape.embedding, gain=1.5)
+        matrix(f"{block}.attn_v.weight", kv, shape.embedding)
+        matrix(f"{block}.attn_output.weight", shape.embedding, shape.embedding)
+        matrix(f"{block}.ffn_gate.weight", shape.ffn, shape.embedding)
+        matrix(f"{block}.ffn_up.weight", shape.ffn, shape.embedding)
+        matrix(f"{block}.ffn_down.weight", shape.embedding, shape.ffn)
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
