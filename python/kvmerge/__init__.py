@@ -1,0 +1,50 @@
+"""A KV cache that merges instead of growing, for llama-cpp-python.
+
+>>> from kvmerge import Llama
+>>> llm = Llama("model.gguf", mmproj="mmproj.gguf", n_ctx=8192, kv_merge="flowmm", kv_budget=0.2)
+
+`Llama` is a `llama_cpp.Llama`, and everything of that keeps working.  Import this package before
+``llama_cpp``: both have to use the libraries that come with this one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _library
+
+_library.prepare()
+
+if TYPE_CHECKING:
+    from .errors import KVMergeError
+    from .llama import Llama
+    from .policies import Evict, FlowMM, Policy, presets
+    from .stats import KVStats
+
+__version__ = "0.1.0"
+
+__all__ = ["Evict", "FlowMM", "KVMergeError", "KVStats", "Llama", "Policy", "presets"]
+
+_MODULES = {
+    "Evict": ".policies",
+    "FlowMM": ".policies",
+    "KVMergeError": ".errors",
+    "KVStats": ".stats",
+    "Llama": ".llama",
+    "Policy": ".policies",
+    "presets": ".policies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loading the native library takes a while, so it waits until something needs it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,362 @@
+"""The C API of ``kvmerge.h`` as a Python class with NumPy arrays.
+
+The header that ships with the package is what is bound (cffi, ABI mode): no compiler is needed,
+and there is no second list of declarations that could fall behind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _library
+from .errors import (
+    KVMergeError,
+    LibraryError,
+    MergeError,
+    OptionError,
+    OutOfMemoryError,
+    StateError,
+    UnsupportedError,
+)
+
+MODALITIES = ("text", "image", "audio")
+"""Names of ``enum kvmerge_modality``, by value."""
+
+FATES = ("dropped", "folded", "kept", "protected")
+"""Names of ``enum kvmerge_fate``, by value."""
+
+_ERRORS: dict[int, type[KVMergeError]] = {
+    -1: OptionError,
+    -2: UnsupportedError,
+    -3: StateError,
+    -4: OutOfMemoryError,
+    -5: MergeError,
+}
+
+
+def header_file() -> Path:
+    """Return the path of ``kvmerge.h``: that of the checkout we run from, or the shipped one."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parents[1] / "cpp" / "include" / "kvmerge.h"
+    return checkout if checkout.exists() else package / "include" / "kvmerge.h"
+
+
+def _declarations(header: str) -> str:
+    """Return the header as cffi takes it: no preprocessor lines, nothing that is C++ only."""
+    header = re.sub(r"#ifdef __cplusplus.*?#endif", "", header, flags=re.DOTALL)
+    header = re.sub(r"#(?:[^\n\\]|\\\n|\\.)*", "", header)
+    return header.replace("KVMERGE_API ", "")
+
+
+@lru_cache(maxsize=1)
+def _native() -> tuple[Any, Any, int]:
+    """Return cffi's ``ffi``, the library, and the API version of the header."""
+    from cffi import FFI
+
+    file = header_file()
+    try:
+        header = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LibraryError(f"{file} cannot be read ({error}): install the package again") from error
+    version = re.search(r"#define\s+KVMERGE_API_VERSION\s+(\d+)", header)
+    if version is None:
+        raise LibraryError(f"{file} defines no KVMERGE_API_VERSION: install the package again")
+    ffi = FFI()
+    ffi.cdef(_declarations(header))
+    return ffi, ffi.dlopen(str(_library.library_file("llama"))), int(version.group(1))
+
+
+def check() -> None:
+    """Check that the library is patched and of the header's version.
+
+    Raises
+    ------
+    LibraryError
+        If it is not.
+    """
+    ffi, library, version = _native()
+    file = _library.library_file("llama")
+    try:
+        found = library.kvmerge_api_version()
+    except AttributeError as error:
+        raise LibraryError(
+            f"{file} is a llama.cpp without the kvmerge patch: install the package again "
+            "(`pip install .`)"
+        ) from error
+    if found != version:
+        raise LibraryError(
+            f"{file} has version {found} of the kvmerge API, the package expects {version}: "
+            "install the package again (`pip install .`)"
+        )
+    size = library.kvmerge_params_default().size
+    if size != ffi.sizeof("struct kvmerge_params"):
+        raise LibraryError(
+            f"struct kvmerge_params has {size} bytes in {file} and "
+            f"{ffi.sizeof('struct kvmerge_params')} in {header_file()}: install the package again"
+        )
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """``struct kvmerge_stats``: figures of the last merge."""
+
+    n_merges: int
+    n_tokens: int
+    n_cells_before: int
+    n_cells_after: int
+    n_layers: int
+    n_heads: int
+    bytes_per_cell: int
+    t_score_us: int
+    t_match_us: int
+    t_fold_us: int
+    t_total_us: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Cross-modal flow of the last merge, one value a layer."""
+
+    rho: npt.NDArray[np.float32]
+    text_to_media: npt.NDArray[np.float32]
+    media_to_text: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the last merge did to each of the cells it found, for one layer and KV head."""
+
+    order: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.uint8]
+    segment: npt.NDArray[np.int32]
+    fate: npt.NDArray[np.uint8]
+    target: npt.NDArray[np.int32]
+    score: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The content of the cells of a sequence, for one layer."""
+
+    k: npt.NDArray[np.float32]
+    v: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+    mass: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The observed queries of a sequence, for one layer."""
+
+    q: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.uint8]
+    proxy: npt.NDArray[np.bool_]
+    scale: float
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of one merged layer; ``index`` is its place in the model."""
+
+    index: int
+    n_head: int
+    n_head_kv: int
+    head_size_k: int
+    head_size_v: int
+
+
+class Engine:
+    """The merging engine of one llama.cpp context.
+
+    Parameters
+    ----------
+    context : int
+        Address of the ``llama_context``.
+    params : mapping
+        Fields of ``struct kvmerge_params`` by name; the others keep the library's defaults.
+
+    Notes
+    -----
+    The engine is freed with the context; after that, do not use it.  One thread at a time, the
+    same as the context.
+    """
+
+    def __init__(self, context: int, params: Mapping[str, Any]) -> None:
+        self._ffi, self._library, _ = _native()
+        out = self._ffi.new("struct kvmerge_engine **")
+        pointer = self._ffi.cast("struct llama_context *", context)
+        native = self._params(params)
+        self._check(self._library.kvmerge_attach(pointer, native, out))
+        self._engine = out[0]
+
+    def _params(self, params: Mapping[str, Any]) -> Any:
+        native = self._ffi.new("struct kvmerge_params *", self._library.kvmerge_params_default())
+        for name, value in params.items():
+            setattr(native, name, value)
+        return native
+
+    def _check(self, status: int) -> int:
+        if status < 0:
+            message = self._ffi.string(self._library.kvmerge_error_message()).decode(
+                "utf-8", "replace"
+            )
+            raise _ERRORS.get(status, MergeError)(message or f"kvmerge status {status}")
+        return status
+
+    def _array(self, array: npt.NDArray[Any], kind: str) -> Any:
+        return self._ffi.from_buffer(f"{kind}[]", array, require_writable=True)
+
+    def detach(self) -> None:
+        """Switch the engine off; what was merged stays merged."""
+        self._library.kvmerge_detach(self._engine)
+        self._engine = self._ffi.NULL
+
+    def set_params(self, params: Mapping[str, Any]) -> None:
+        """Change the policy; the window and the number of flow rows cannot change."""
+        self._check(self._library.kvmerge_set_params(self._engine, self._params(params)))
+
+    @contextmanager
+    def media(self, modality: str) -> Iterator[None]:
+        """Mark what is decoded inside as one segment of ``"image"`` or ``"audio"``."""
+        self._check(self._library.kvmerge_media_begin(self._engine, MODALITIES.index(modality)))
+        try:
+            yield
+        finally:
+            self._check(self._library.kvmerge_media_end(self._engine))
+
+    def merge(self, cells: int, sequence: int = 0) -> None:
+        """Merge a sequence down to a number of cells."""
+        self._check(self._library.kvmerge_merge(self._engine, sequence, cells))
+
+    def n_cells(self, sequence: int = 0) -> int:
+        """Return the cells that a sequence holds."""
+        return self._check(self._library.kvmerge_n_cells(self._engine, sequence))
+
+    def n_tokens(self, sequence: int = 0) -> int:
+        """Return the tokens that the cells of a sequence stand for."""
+        return self._check(self._library.kvmerge_n_tokens(self._engine, sequence))
+
+    def stats(self) -> EngineStats:
+        """Return the figures of the last merge."""
+        native = self._ffi.new("struct kvmerge_stats *")
+        self._check(self._library.kvmerge_get_stats(self._engine, native))
+        return EngineStats(
+            **{name: int(getattr(native, name)) for name in EngineStats.__dataclass_fields__}
+        )
+
+    def flow(self) -> Flow:
+        """Return the cross-modal flow of the last merge."""
+        n = self.stats().n_layers
+        rho, text_to_media, media_to_text = (np.zeros(n, np.float32) for _ in range(3))
+        self._check(
+            self._library.kvmerge_get_flow(
+                self._engine,
+                self._array(rho, "float"),
+                self._array(text_to_media, "float"),
+                self._array(media_to_text, "float"),
+                n,
+            )
+        )
+        return Flow(rho, text_to_media, media_to_text)
+
+    def plan(self, layer: int, head: int) -> Plan:
+        """Return what the last merge did, for one merged layer and KV head."""
+        null = self._ffi.NULL
+        n = self._check(
+            self._library.kvmerge_get_plan(
+                self._engine, layer, head, null, null, null, null, null, null, 0
+            )
+        )
+        plan = Plan(
+            order=np.zeros(n, np.int32),
+            modality=np.zeros(n, np.uint8),
+            segment=np.zeros(n, np.int32),
+            fate=np.zeros(n, np.uint8),
+            target=np.zeros(n, np.int32),
+            score=np.zeros(n, np.float32),
+        )
+        self._check(
+            self._library.kvmerge_get_plan(
+                self._engine,
+                layer,
+                head,
+                self._array(plan.order, "int32_t"),
+                self._array(plan.modality, "uint8_t"),
+                self._array(plan.segment, "int32_t"),
+                self._array(plan.fate, "uint8_t"),
+                self._array(plan.target, "int32_t"),
+                self._array(plan.score, "float"),
+                n,
+            )
+        )
+        return plan
+
+    def layer(self, layer: int) -> LayerShape:
+        """Return the shape of one merged layer."""
+        out = [self._ffi.new("int32_t *") for _ in range(5)]
+        self._check(self._library.kvmerge_get_layer(self._engine, layer, *out))
+        return LayerShape(*(int(value[0]) for value in out))
+
+    def read_cells(self, layer: int, sequence: int = 0) -> Cells:
+        """Copy the cells of a sequence, for one merged layer."""
+        n, shape = self.n_cells(sequence), self.layer(layer)
+        heads = (n, shape.n_head_kv)
+        cells = Cells(
+            k=np.zeros((*heads, shape.head_size_k), np.float32),
+            v=np.zeros((*heads, shape.head_size_v), np.float32),
+            bias=np.zeros(heads, np.float32),
+            mass=np.zeros(heads, np.float32),
+            order=np.zeros(heads, np.int32),
+        )
+        self._check(
+            self._library.kvmerge_read_cells(
+                self._engine,
+                sequence,
+                layer,
+                self._array(cells.k, "float"),
+                self._array(cells.v, "float"),
+                self._array(cells.bias, "float"),
+                self._array(cells.mass, "float"),
+                self._array(cells.order, "int32_t"),
+                n,
+            )
+        )
+        return cells
+
+    def read_queries(self, layer: int, sequence: int = 0) -> Queries:
+        """Copy the observed queries of a sequence, for one merged layer."""
+        null, scale = self._ffi.NULL, self._ffi.new("float *")
+        n = self._check(
+            self._library.kvmerge_read_queries(
+                self._engine, sequence, layer, null, null, null, null, scale, 0
+            )
+        )
+        shape = self.layer(layer)
+        q = np.zeros((n, shape.n_head, shape.head_size_k), np.float32)
+        order = np.zeros(n, np.int32)
+        modality, proxy = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
+        self._check(
+            self._library.kvmerge_read_queries(
+                self._engine,
+                sequence,
+                layer,
+                self._array(q, "float"),
+                self._array(order, "int32_t"),
+                self._array(modality, "uint8_t"),
+                self._array(proxy, "uint8_t"),
+                scale,
+                n,
+            )
+        )
+        return Queries(q, order, modality, proxy.astype(bool), float(scale[0]))

@@ -1,0 +1,198 @@
+"""Find the native libraries, point llama-cpp-python at them, and check that they fit.
+
+llama-cpp-python loads its libraries when it is first imported, from the folders that two
+environment variables name.  `prepare` sets those and has to run before that import; `load` does
+the import, loads the backends and checks versions and struct layouts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import LibraryError
+
+LLAMA_CPP_PYTHON = "0.3.36"
+"""The version of llama-cpp-python whose llama.cpp our libraries are built from."""
+
+_PATH_VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
+_BUILD_AGAIN = (
+    "install the package again (`pip install .`), or set KVMERGE_LIB_PATH to the folder of a "
+    "patched build"
+)
+
+
+def library_folder() -> Path:
+    """Return the folder of our libraries: ``KVMERGE_LIB_PATH``, or ``lib`` in the package."""
+    override = os.environ.get("KVMERGE_LIB_PATH")
+    return Path(override).absolute() if override else Path(__file__).resolve().parent / "lib"
+
+
+def library_file(name: str) -> Path:
+    """Return the file of a library, such as ``"llama"``.
+
+    Raises
+    ------
+    LibraryError
+        If there is none.
+    """
+    folder = library_folder()
+    if sys.platform == "win32":
+        candidates = [folder / f"{name}.dll", folder / f"lib{name}.dll"]
+    elif sys.platform == "darwin":
+        candidates = [folder / f"lib{name}.dylib", folder / f"lib{name}.so"]
+    else:
+        candidates = [folder / f"lib{name}.so"]
+    for file in candidates:
+        if file.exists():
+            return file
+    raise LibraryError(f"{candidates[0].name} is not in {folder}: {_BUILD_AGAIN}")
+
+
+def _loaded_folder(llama_cpp: ModuleType) -> Path:
+    """Return the folder that an imported llama_cpp has loaded its library from."""
+    native = sys.modules.get("llama_cpp.llama_cpp", llama_cpp)
+    return Path(getattr(native, "_base_path", Path(llama_cpp.__file__ or "").parent / "lib"))
+
+
+def _check_folder(llama_cpp: ModuleType) -> None:
+    loaded = _loaded_folder(llama_cpp)
+    if loaded.resolve() != library_folder().resolve():
+        raise LibraryError(
+            f"llama_cpp was imported before kvmerge and has loaded the libraries in {loaded}, "
+            "which cannot merge. Put `import kvmerge` before the first `import llama_cpp` "
+            "(also before libraries that import it)."
+        )
+
+
+def prepare() -> None:
+    """Point the coming import of llama_cpp at our libraries.
+
+    Raises
+    ------
+    LibraryError
+        If llama_cpp was already imported with other libraries.
+    """
+    loaded = sys.modules.get("llama_cpp")
+    if loaded is not None:
+        _check_folder(loaded)
+        return
+    for variable in _PATH_VARIABLES:
+        os.environ[variable] = str(library_folder())
+
+
+def _load_backends() -> None:
+    """Load the ggml backends next to the library, where they are separate files."""
+    ggml = ctypes.CDLL(str(library_file("ggml")))
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count() == 0:
+        ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+        ggml.ggml_backend_load_all_from_path(os.fsencode(library_folder()))
+    if ggml.ggml_backend_reg_count() == 0:
+        raise LibraryError(
+            f"no ggml backend in {library_folder()} runs on this machine: {_BUILD_AGAIN}"
+        )
+
+
+def _check_version(llama_cpp: ModuleType) -> None:
+    if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
+        raise LibraryError(
+            f"kvmerge was built for llama-cpp-python {LLAMA_CPP_PYTHON}, but "
+            f"{llama_cpp.__version__} is installed: the two would disagree about struct layouts. "
+            f"Run `CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`."
+        )
+
+
+def _check_layout(what: str, params: Any, expected: dict[str, object]) -> None:
+    """Check that the default values of a struct arrive in the fields they belong to.
+
+    The fields are those at the end and around every change of type: a field that was added,
+    dropped or resized anywhere shifts at least one of them.
+    """
+    for name, value in expected.items():
+        found = getattr(params, name)
+        if found != value:
+            raise LibraryError(
+                f"{what}.{name} is {found!r} where {value!r} was expected: the library in "
+                f"{library_folder()} and llama-cpp-python {LLAMA_CPP_PYTHON} disagree about the "
+                f"layout of {what}; {_BUILD_AGAIN}"
+            )
+
+
+def _check_layouts(llama_cpp: Any, mtmd_cpp: Any) -> None:
+    _check_layout(
+        "llama_context_params",
+        llama_cpp.llama_context_default_params(),
+        {
+            "n_ctx": 512,
+            "n_outputs_max_per_seq": 1,
+            "yarn_ext_factor": -1.0,
+            "defrag_thold": -1.0,
+            "type_k": llama_cpp.GGML_TYPE_F16,
+            "type_v": llama_cpp.GGML_TYPE_F16,
+            "embeddings": False,
+            "offload_kqv": True,
+            "no_perf": True,
+            "op_offload": True,
+            "swa_full": True,
+            "kv_unified": False,
+            "n_samplers": 0,
+            "ctx_other": None,
+        },
+    )
+    _check_layout(
+        "mtmd_context_params",
+        mtmd_cpp.mtmd_context_params_default(),
+        {
+            "use_gpu": True,
+            "n_threads": 4,
+            "media_marker": mtmd_cpp.mtmd_default_marker(),
+            "warmup": True,
+            "image_min_tokens": -1,
+            "image_max_tokens": -1,
+            "batch_max_tokens": 1024,
+            "progress_callback_user_data": None,
+        },
+    )
+
+
+@lru_cache(maxsize=1)
+def load() -> ModuleType:
+    """Import llama_cpp with our libraries, checked, and return it.
+
+    Raises
+    ------
+    LibraryError
+        If anything does not fit; the message says what and what to do.
+    """
+    prepare()
+    for name in ("llama", "mtmd", "ggml"):
+        library_file(name)
+    try:
+        llama_cpp = importlib.import_module("llama_cpp")
+    except ModuleNotFoundError as error:
+        raise LibraryError(
+            f"llama-cpp-python is not installed ({error}). Run "
+            f"`CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`."
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise LibraryError(f"{error}: {_BUILD_AGAIN}") from error
+    _check_folder(llama_cpp)
+    _check_version(llama_cpp)
+
+    mtmd_cpp = importlib.import_module("llama_cpp.mtmd_cpp")
+    logger = importlib.import_module("llama_cpp._logger")
+    logger.set_verbose(False)
+    _load_backends()
+    _check_layouts(llama_cpp, mtmd_cpp)
+
+    from . import _binding
+
+    _binding.check()
+    return llama_cpp

@@ -1,0 +1,716 @@
+"""`Llama`: the class of llama-cpp-python with a cache that merges."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _library
+from .budget import Budget
+from .errors import (
+    ClosedError,
+    ContextLengthError,
+    DecodeError,
+    MediaError,
+    MergeError,
+    ModelError,
+    OptionError,
+    StateError,
+    UnknownOptionError,
+    UnsupportedError,
+    did_you_mean,
+)
+from .gguf_file import check_gguf
+from .native_log import caught
+from .policies import Policy, resolve
+from .prompt import MediaSpan, Prompt
+from .stats import KVStats, LayerFlow, MergeRecord
+
+llama_cpp = _library.load()
+
+from llama_cpp.llama import Llama as StockLlama  # noqa: E402
+from llama_cpp.llama import LlamaState  # noqa: E402
+
+from ._binding import Engine  # noqa: E402
+
+log = logging.getLogger("kvmerge")
+
+CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+}
+"""Names that ``type_k`` and ``type_v`` accept, with their ``ggml_type``."""
+
+_UNQUANTIZED = ("f32", "f16", "bf16")
+_STOCK_OPTIONS = frozenset(inspect.signature(StockLlama.__init__).parameters) - {"self", "kwargs"}
+_PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
+_OUR_OPTIONS = frozenset(
+    {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
+    | {"image_min_tokens", "image_max_tokens"}
+)
+_MIB = 1024 * 1024
+
+
+class _Closed:
+    """Stands in for a freed object of llama.cpp, whose use would crash the process."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError("this Llama is closed: make a new one")
+
+
+class _State(LlamaState):
+    """A saved state that also knows positions and media."""
+
+    positions: npt.NDArray[np.int32]
+    spans: list[MediaSpan]
+
+
+def _cache_type(option: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lower() in CACHE_TYPES:
+        return CACHE_TYPES[value.lower()]
+    if (
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and int(value) in CACHE_TYPES.values()
+    ):
+        return int(value)
+    names = ", ".join(repr(name) for name in CACHE_TYPES)
+    raise OptionError(
+        f"{option}={value!r} is not a cache type: it must be one of {names}, or the matching "
+        f"llama_cpp.GGML_TYPE_* number.{did_you_mean(value, CACHE_TYPES)}"
+    )
+
+
+def _whole_number(option: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
+        raise OptionError(f"{option}={value!r}: {option} must be a whole number of at least {low}")
+    return int(value)
+
+
+class Llama(StockLlama):
+    """A `llama_cpp.Llama` whose KV cache can merge instead of growing.
+
+    Parameters
+    ----------
+    model_path : path
+        The model (GGUF).
+    mmproj : path, optional
+        The vision or audio part that goes with it (GGUF); lets chats show pictures.
+        ``mmproj_path`` and ``clip_model_path`` mean the same.
+    kv_merge : str or Policy or None
+        How the cache is merged: a name from `kvmerge.presets`, a policy such as
+        ``kvmerge.FlowMM(theta=0.2)``, or None for not at all.
+    kv_budget : float or int
+        What is **kept**: a float in (0, 1] is a fraction of the tokens, an int is cells.  A
+        fraction never goes below the tokens that the policy always keeps (its sinks and window).
+        1.0 never merges.
+    merge_before : int
+        How many of the prompt's last tokens are read after the merge instead of before it.  With 0
+        the whole prompt is read before, and the first token of the answer still comes from the
+        full cache.
+    image_min_tokens, image_max_tokens : int, optional
+        Bounds on the tokens of a picture, for models whose pictures vary in size.
+    **options
+        Everything that `llama_cpp.Llama` takes.  ``type_k`` and ``type_v`` also take names such as
+        ``"q8_0"``.  A keyword that neither class has raises, instead of being ignored.
+
+    Raises
+    ------
+    KVMergeError
+        One of its subclasses in `kvmerge.errors`, each of which is also the matching builtin.
+
+    Notes
+    -----
+    With ``kv_merge=None`` or ``kv_budget=1.0`` no engine is attached and the results are those of
+    llama-cpp-python, bit for bit.  ``n_ctx`` counts tokens.
+
+    Examples
+    --------
+    >>> llm = Llama("model.gguf", mmproj="mmproj.gguf", kv_merge="flowmm", kv_budget=0.2)
+    >>> answer = llm.create_chat_completion(messages)
+    >>> print(llm.kv_stats())
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        mmproj: str | os.PathLike[str] | None = None,
+        kv_merge: str | Policy | None = None,
+        kv_budget: float | int = 0.2,
+        merge_before: int = 0,
+        image_min_tokens: int | None = None,
+        image_max_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._engine: Engine | None = None
+        self._is_closed = False
+        mmproj = self._take_projector(mmproj, options)
+        self._check_options(options)
+        self._policy = resolve(kv_merge)
+        self._budget = Budget(kv_budget)
+        self._merge_before = _whole_number("merge_before", merge_before, 0)
+        self._image_tokens = (image_min_tokens, image_max_tokens)
+        self._check_combination(mmproj, options)
+
+        path = check_gguf(model_path, "model", ModelError)
+        handler = self._make_handler(mmproj)
+        if handler is not None:
+            options["chat_handler"] = handler
+
+        self._positions: npt.NDArray[np.int32] = np.zeros(1, np.int32)
+        self._known = 0
+        self._spans: list[MediaSpan] = []
+        self._merges: list[MergeRecord] = []
+        self._prefilled = False
+        self._cached_tokens = 0
+        try:
+            self._load(path, options)
+            # Index i is the position at which token i begins; the last known one is the next.
+            self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
+            if handler is not None:
+                handler.load(self)
+            if self._policy is not None and not self._budget.keeps_all:
+                self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, path: Path, options: dict[str, Any]) -> None:
+        with caught(llama_cpp) as errors:
+            try:
+                super().__init__(os.fspath(path), **options)
+            except (ValueError, RuntimeError) as error:
+                reason = errors.reason or str(error)
+                if "Failed to create llama_context" in str(error):
+                    raise OptionError(f"no context could be made for {path}: {reason}") from error
+                if "Failed to load model" not in str(error):
+                    raise
+                hint = ""
+                if "clip" in reason:
+                    hint = ". It looks like an mmproj: pass it as mmproj= and the model first"
+                raise ModelError(f"{path} cannot be loaded: {reason}{hint}") from error
+
+    # Options.
+
+    @staticmethod
+    def _take_projector(
+        mmproj: str | os.PathLike[str] | None, options: dict[str, Any]
+    ) -> str | os.PathLike[str] | None:
+        given = {"mmproj": mmproj}
+        given |= {name: options.pop(name) for name in _PROJECTOR_SPELLINGS if name in options}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len({os.fspath(value) for value in given.values() if value is not None}) > 1:
+            raise OptionError(f"{' and '.join(given)} name different files: pass mmproj= only")
+        return next(iter(given.values()), None)
+
+    @staticmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        for name in options:
+            if name not in _STOCK_OPTIONS:
+                hint = did_you_mean(name, _STOCK_OPTIONS | _OUR_OPTIONS)
+                raise UnknownOptionError(f"Llama has no option {name!r}.{hint}")
+        for name in ("type_k", "type_v"):
+            if name in options:
+                options[name] = _cache_type(name, options[name])
+        if "n_ctx" in options:
+            _whole_number("n_ctx", options["n_ctx"], 0)
+        unquantized = {CACHE_TYPES[name] for name in _UNQUANTIZED}
+        type_v = options.get("type_v")
+        if type_v is not None and type_v not in unquantized and not options.get("flash_attn"):
+            raise OptionError("a quantized type_v needs flash_attn=True")
+
+    def _check_combination(
+        self, mmproj: str | os.PathLike[str] | None, options: dict[str, Any]
+    ) -> None:
+        handler = options.get("chat_handler")
+        merging = self._policy is not None and not self._budget.keeps_all
+        if mmproj is not None and handler is not None:
+            raise OptionError("mmproj= brings its own chat handler: pass it or chat_handler=")
+        if mmproj is None and self._image_tokens != (None, None):
+            raise OptionError("image_min_tokens= and image_max_tokens= need mmproj=")
+        if merging and hasattr(handler, "clip_model_path"):
+            raise UnsupportedError(
+                f"{type(handler).__name__} clears the cache in every call and counts positions as "
+                "tokens, so it does not go with kv_merge=: pass the file as mmproj= instead"
+            )
+        if merging and options.get("embedding"):
+            raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
+
+    def _make_handler(self, mmproj: str | os.PathLike[str] | None) -> Any:
+        if mmproj is None:
+            return None
+        from .chat import ChatHandler
+
+        return ChatHandler(mmproj, *self._image_tokens)
+
+    # Life.
+
+    def close(self) -> None:
+        """Free the model, the cache and the vision part; the object cannot be used after."""
+        if getattr(self, "_is_closed", True):
+            return
+        self._is_closed = True
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.detach()
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            stack.close()
+        for name in ("_ctx", "_model", "_batch", "tokenizer_"):
+            setattr(self, name, _Closed())
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Llama:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("this Llama is closed: make a new one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_open()
+        state = super().__getstate__()
+        handler = state["chat_handler"]
+        mmproj = None
+        if hasattr(handler, "load"):
+            mmproj, state["chat_handler"] = handler.clip_model_path, None
+        return state | {
+            "mmproj": mmproj,
+            "kv_merge": self._policy,
+            "kv_budget": self._budget.kept,
+            "merge_before": self._merge_before,
+            "image_min_tokens": self._image_tokens[0],
+            "image_max_tokens": self._image_tokens[1],
+        }
+
+    # Tokens, positions and cells.
+
+    def _position(self, n_tokens: int) -> int:
+        """Return the position at which the token after the first `n_tokens` begins."""
+        if n_tokens <= self._known:
+            return int(self._positions[n_tokens])
+        return int(self._positions[self._known]) + n_tokens - self._known
+
+    def _trim(self, n_tokens: int) -> bool:
+        """Keep the first `n_tokens` tokens; False if that would cut into merged cells."""
+        if not self._ctx.kv_cache_seq_rm(0, self._position(n_tokens), -1):
+            return False
+        if n_tokens == 0:
+            self._merges.clear()
+        self.n_tokens = n_tokens
+        self._known = min(self._known, n_tokens)
+        self._spans = [span for span in self._spans if span.end <= n_tokens]
+        return True
+
+    def _clear(self) -> None:
+        self._ctx.kv_cache_clear()
+        self.n_tokens = self._known = 0
+        self._spans.clear()
+        self._merges.clear()
+        self._requires_eval = True
+
+    def _append(self, ids: Sequence[int], positions: Sequence[int] | npt.NDArray[np.int32]) -> None:
+        """Note tokens that are now in the cache; `positions` has one more entry, the next."""
+        n, end = self.n_tokens, self.n_tokens + len(ids)
+        self.input_ids[n:end] = ids
+        self._positions[n : end + 1] = positions
+        self.n_tokens = self._known = end
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self._check_open()
+        super().reset()
+        if not self._trim(0):
+            self._clear()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read tokens into the cache, after those that are there.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Text tokens.
+
+        Raises
+        ------
+        ContextLengthError
+            If they do not fit; nothing is read then.
+        """
+        self._check_open()
+        n_tokens = self.n_tokens
+        if n_tokens + len(tokens) > self._n_ctx:
+            raise ContextLengthError(
+                f"{n_tokens + len(tokens)} tokens do not fit into n_ctx={self._n_ctx}: "
+                "make n_ctx larger or the prompt shorter"
+            )
+        if not self._trim(n_tokens):
+            raise StateError(
+                f"the cache cannot go back to token {n_tokens}, because it was merged since: "
+                "call reset() and read everything again"
+            )
+        if n_tokens > self._known:
+            # Something else, such as another chat handler, has filled the cache.
+            known = self._known
+            self._positions[known : n_tokens + 1] = self._position(known) + np.arange(
+                n_tokens + 1 - known
+            )
+            self._known = n_tokens
+        for start in range(0, len(tokens), self.n_batch):
+            self._decode(tokens[start : start + self.n_batch])
+
+    def _decode(self, batch: Sequence[int]) -> None:
+        n, position = self.n_tokens, self._position(self.n_tokens)
+        self._batch.set_batch(batch=batch, n_past=position, logits_all=self._logits_all)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            self._requires_eval = True
+            raise DecodeError(
+                f"llama.cpp could not read {len(batch)} tokens at position {position}: {error}"
+            ) from error
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(
+                self._ctx.get_logits(), shape=(len(batch) * self._n_vocab,)
+            )
+            self.scores[n : n + len(batch), :].reshape(-1)[:] = logits
+        self._append(batch, position + np.arange(len(batch) + 1))
+        self._requires_eval = False
+
+    def read(self, prompt: Prompt) -> None:
+        """Read a prompt, except for the beginning that is in the cache already, and merge.
+
+        Parameters
+        ----------
+        prompt : Prompt
+            The whole conversation so far.
+
+        Raises
+        ------
+        ContextLengthError
+            If it does not fit into ``n_ctx``; nothing is lost then.
+        """
+        self._check_open()
+        tokens = prompt.tokens
+        self._check_length(prompt, len(tokens))
+        if not tokens:
+            raise StateError("the prompt is empty")
+        if prompt.segments[-1].media is not None:
+            raise MediaError("the prompt ends with a picture or sound: text has to follow it")
+
+        keep = self._common_prefix(prompt, tokens)
+        seen = self.n_tokens
+        if keep == seen == len(tokens) and not self._requires_eval:
+            self._cached_tokens = keep
+            self._merge()
+            return
+        if keep == len(tokens):
+            # The logits of the last token are needed again.
+            keep -= 1
+        if any(token < 0 for token in tokens[keep:]) and len(prompt.segments) == 1:
+            raise MediaError(
+                "the pictures of this prompt are no longer in the cache: something else was read "
+                "in the meantime, call create_chat_completion() again"
+            )
+        if not self._trim(keep):
+            log.info(
+                "the prompt differs from the cache after %d of %d tokens, which were merged since: "
+                "reading all %d again",
+                keep,
+                seen,
+                len(tokens),
+            )
+            self._clear()
+            keep = 0
+        elif 0 < keep < seen:
+            log.debug("keeping %d of %d tokens in the cache", keep, seen)
+        self._cached_tokens = keep
+
+        split = len(tokens) if self._engine is None else len(tokens) - self._merge_before
+        last_media = max((span.end for span in prompt.spans()), default=0)
+        split = max(split, keep, last_media)
+        self._requires_eval = True
+        self._read_range(prompt, keep, split)
+        if split < len(tokens):
+            self._merge()
+            self._read_range(prompt, split, len(tokens))
+        else:
+            self._merge()
+
+    def _check_length(self, prompt: Prompt, n_tokens: int) -> None:
+        if n_tokens < self._n_ctx:
+            return
+        images = prompt.n_media_tokens("image")
+        of_images = f" ({images} of them pictures)" if images else ""
+        raise ContextLengthError(
+            f"the prompt has {n_tokens} tokens{of_images}, and n_ctx={self._n_ctx} takes "
+            f"{self._n_ctx - 1} with room for an answer: make n_ctx larger or the prompt shorter"
+        )
+
+    def _common_prefix(self, prompt: Prompt, tokens: list[int]) -> int:
+        """Return how many tokens at the beginning are in the cache, in whole media."""
+        n = min(self.n_tokens, len(tokens))
+        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], np.int64))
+        keep = int(differ[0]) if differ.size else n
+        spans = {span.start: span for span in self._spans}
+        for span in [*self._spans, *prompt.spans()]:
+            if span.start < keep and (span.end > keep or spans.get(span.start) != span):
+                keep = span.start
+        return keep
+
+    def _read_range(self, prompt: Prompt, start: int, end: int) -> None:
+        """Read the tokens from `start` up to `end`; media are read as a whole."""
+        at = 0
+        for segment in prompt.segments:
+            first, last = max(start - at, 0), min(end - at, len(segment.ids))
+            at += len(segment.ids)
+            if first >= last:
+                continue
+            if segment.media is None:
+                self.eval(segment.ids[first:last])
+                continue
+            media = segment.media
+            n, position = self.n_tokens, self._position(self.n_tokens)
+            scope = nullcontext() if self._engine is None else self._engine.media(media.modality)
+            with scope:
+                after = media.decode(position)
+            positions = np.full(len(segment.ids) + 1, position, np.int32)
+            positions[-1] = after
+            self._append(segment.ids, positions)
+            self._spans.append(MediaSpan(n, self.n_tokens, media.digest, media.modality))
+
+    def _merge(self) -> None:
+        """Merge the cache when it holds more cells than the budget says."""
+        if self._engine is None or self._policy is None:
+            return
+        budget = self._budget.cells(self.n_tokens, self._policy.always_kept)
+        before = self._engine.n_cells()
+        if before <= budget:
+            return
+        try:
+            self._engine.merge(budget)
+        except MergeError:
+            self._clear()
+            raise
+        stats = self._engine.stats()
+        self._merges.append(
+            MergeRecord(self.n_tokens, before, self._engine.n_cells(), stats.t_total_us / 1000)
+        )
+        log.info(
+            "merged %d cells into %d (%d tokens seen), %.2f MiB into %.2f MiB, %.1f ms",
+            before,
+            stats.n_cells_after,
+            self.n_tokens,
+            before * stats.bytes_per_cell / _MIB,
+            stats.n_cells_after * stats.bytes_per_cell / _MIB,
+            stats.t_total_us / 1000,
+        )
+
+    # Generation.
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, reset: bool = True, **options: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Read a prompt and generate tokens; as `llama_cpp.Llama.generate`, and merging."""
+        self._check_open()
+        tokens = list(tokens)
+        prefilled, self._prefilled = self._prefilled, False
+        if reset and not (prefilled and self._is_read(tokens)):
+            self.read(Prompt.from_tokens(tokens))
+        elif not reset:
+            self.eval(tokens)
+            self._merge()
+        # The parent reads nothing more: it finds no tokens left, and samples.
+        yield from super().generate([], *args, reset=False, **options)
+
+    def _is_read(self, tokens: list[int]) -> bool:
+        """Whether exactly these tokens are in the cache, ready to be sampled from."""
+        n = self.n_tokens
+        return (
+            n == len(tokens) and not self._requires_eval and self.input_ids[:n].tolist() == tokens
+        )
+
+    def _create_completion(self, *args: Any, **options: Any) -> Iterator[Any]:
+        self._check_open()
+        if self.cache is not None and self._engine is not None:
+            raise UnsupportedError(
+                "set_cache() does not go with kv_merge=: llama.cpp's saved states do not carry "
+                "merged cells. Call set_cache(None)"
+            )
+        for part in super()._create_completion(*args, **options):
+            if "usage" in part:
+                part["usage"]["prompt_tokens_details"] = self._prompt_tokens_details()
+            yield part
+
+    def _prompt_tokens_details(self) -> dict[str, int]:
+        details = {"cached_tokens": self._cached_tokens, "cells": self._n_cells()}
+        for modality in ("image", "audio"):
+            details[f"{modality}_tokens"] = sum(
+                span.end - span.start for span in self._spans if span.modality == modality
+            )
+        return details
+
+    def create_completion(self, *args: Any, **options: Any) -> Any:
+        """Complete a text; see `llama_cpp.Llama.create_completion`."""
+        self._check_open()
+        return super().create_completion(*args, **options)
+
+    def create_chat_completion(self, messages: Any, *args: Any, **options: Any) -> Any:
+        """Answer a chat; see `llama_cpp.Llama.create_chat_completion`.
+
+        A later call whose messages begin with those of the one before reads only what is new.
+        """
+        self._check_open()
+        if self.chat_handler is None:
+            from .media import find_media
+
+            if found := find_media(messages):
+                raise MediaError(
+                    f"the messages show {len(found)} pictures or sounds, and this model was "
+                    "loaded without a vision part: pass mmproj= to Llama"
+                )
+        return super().create_chat_completion(messages, *args, **options)
+
+    def detokenize(
+        self,
+        tokens: list[int],
+        prev_tokens: list[int] | None = None,
+        special: bool = False,
+    ) -> bytes:
+        """Turn tokens into text; what stands for pictures is left out."""
+        self._check_open()
+        if prev_tokens is not None:
+            prev_tokens = [token for token in prev_tokens if token >= 0]
+        tokens = [token for token in tokens if token >= 0]
+        return super().detokenize(tokens, prev_tokens, special)
+
+    # State.
+
+    def save_state(self) -> LlamaState:
+        """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
+        self._check_open()
+        if self._n_cells() != self.n_tokens:
+            raise UnsupportedError("a merged cache cannot be saved yet: save before merging")
+        stock = super().save_state()
+        state = _State.__new__(_State)
+        state.__dict__.update(stock.__dict__)
+        state.positions = self._positions[: self._known + 1].copy()
+        state.spans = list(self._spans)
+        return state
+
+    def load_state(self, state: LlamaState) -> None:
+        """Put a saved cache back; see `llama_cpp.Llama.load_state`."""
+        self._check_open()
+        if self._engine is not None:
+            raise UnsupportedError("load_state() does not go with kv_merge= yet")
+        super().load_state(state)
+        if isinstance(state, _State):
+            self._known = len(state.positions) - 1
+            self._positions[: self._known + 1] = state.positions
+            self._spans = list(state.spans)
+        else:
+            self._known, self._spans = 0, []
+
+    # What the cache holds.
+
+    def _n_cells(self) -> int:
+        return self.n_tokens if self._engine is None else self._engine.n_cells()
+
+    def kv_stats(self) -> KVStats:
+        """Return what the cache holds: tokens seen, positions, cells, MiB, merges and flow."""
+        self._check_open()
+        engine, policy = self._engine, self._policy
+        cells = self._n_cells()
+        if engine is None or policy is None:
+            per_cell = self._bytes_per_cell()
+            return KVStats(
+                tokens=self.n_tokens,
+                positions=self._position(self.n_tokens),
+                cells=cells,
+                bytes_per_cell=per_cell,
+                mib=cells * per_cell / _MIB,
+                mib_full=self.n_tokens * per_cell / _MIB,
+                policy="none" if policy is None else str(policy),
+                budget=None if policy is None else self._budget.kept,
+            )
+        per_cell = engine.stats().bytes_per_cell
+        flow: list[LayerFlow] = []
+        if self._merges:
+            flows = engine.flow()
+            for i, values in enumerate(
+                zip(flows.rho, flows.text_to_media, flows.media_to_text, strict=True)
+            ):
+                rho, text_to_media, media_to_text = (float(value) for value in values)
+                across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
+                index = engine.layer(i).index
+                flow.append(LayerFlow(index, rho, text_to_media, media_to_text, across))
+        return KVStats(
+            tokens=self.n_tokens,
+            positions=self._position(self.n_tokens),
+            cells=cells,
+            bytes_per_cell=per_cell,
+            mib=cells * per_cell / _MIB,
+            mib_full=self.n_tokens * per_cell / _MIB,
+            policy=str(policy),
+            budget=self._budget.kept,
+            merges=tuple(self._merges),
+            last_merge_ms=self._merges[-1].ms if self._merges else 0.0,
+            flow=tuple(flow),
+        )
+
+    def _bytes_per_cell(self) -> int:
+        """Return the bytes of K and V of a cell from the model's shape; 0 where it varies."""
+        arch = self.metadata.get("general.architecture", "")
+        try:
+            heads = int(self.metadata[f"{arch}.attention.head_count"])
+            heads_kv = int(self.metadata.get(f"{arch}.attention.head_count_kv", heads))
+            layers = int(self.metadata[f"{arch}.block_count"])
+            size = int(self.metadata[f"{arch}.embedding_length"]) // heads
+            size_k = int(self.metadata.get(f"{arch}.attention.key_length", size))
+            size_v = int(self.metadata.get(f"{arch}.attention.value_length", size))
+        except (KeyError, ValueError, ZeroDivisionError):
+            return 0
+        params = self.context_params
+        return layers * (
+            _row_size(params.type_k, heads_kv * size_k)
+            + _row_size(params.type_v, heads_kv * size_v)
+        )
+
+
+def _row_size(ggml_type: int, n: int) -> int:
+    """Return the bytes of a row of `n` numbers of one of `CACHE_TYPES`."""
+    # ggml_type: (numbers a block, bytes a block)
+    blocks = {0: (1, 4), 1: (1, 2), 30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24)}
+    blocks |= {8: (32, 34), 20: (32, 18)}
+    numbers, size = blocks[ggml_type]
+    return n // numbers * size

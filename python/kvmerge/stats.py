@@ -1,0 +1,123 @@
+"""What a cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """Cross-modal flow of one layer in the last merge.
+
+    Attributes
+    ----------
+    layer : int
+        Place of the layer in the model.
+    rho : float
+        Share of all attention that crosses modalities.
+    text_to_media : float
+        The part that text gives to pictures and sound.
+    media_to_text : float
+        The part that pictures and sound give to text.
+    across : bool
+        Whether tokens of this layer were folded across modalities.
+    """
+
+    layer: int
+    rho: float
+    text_to_media: float
+    media_to_text: float
+    across: bool
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """One merge.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens seen when it ran.
+    cells_before, cells_after : int
+        Cells held before and after.
+    ms : float
+        How long it took.
+    """
+
+    tokens: int
+    cells_before: int
+    cells_after: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """What the cache holds, in three numbers that differ, and what it costs.
+
+    Attributes
+    ----------
+    tokens : int
+        Inputs that the model has seen: text tokens and picture tokens.
+    positions : int
+        Length in positions.  Models with M-RoPE count a picture as fewer positions than tokens.
+    cells : int
+        Cells that the cache holds.  Without merging as many as there are tokens.
+    bytes_per_cell : int
+        Bytes of K and V of one cell over all layers; 0 where it is not known.
+    mib : float
+        MiB of the cells that are held.
+    mib_full : float
+        MiB that one cell a token would take.
+    policy : str
+        The policy; ``"none"`` when merging is off.
+    budget : float or int or None
+        What is kept: a fraction of the tokens, or a number of cells; None when merging is off.
+    merges : tuple of MergeRecord
+        The merges since the cache was last empty.
+    last_merge_ms : float
+        How long the last of them took.
+    flow : tuple of LayerFlow
+        Cross-modal flow per layer in the last of them.
+    """
+
+    tokens: int
+    positions: int
+    cells: int
+    bytes_per_cell: int
+    mib: float
+    mib_full: float
+    policy: str
+    budget: float | int | None
+    merges: tuple[MergeRecord, ...] = ()
+    last_merge_ms: float = 0.0
+    flow: tuple[LayerFlow, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"tokens seen     {self.tokens}",
+            f"positions       {self.positions}",
+            f"cells held      {self.cells}",
+        ]
+        if self.bytes_per_cell:
+            lines.append(f"KV MiB          {self.mib:.2f} (full cache: {self.mib_full:.2f})")
+        if self.budget is None:
+            lines.append("merging         off")
+            return "\n".join(lines)
+        unit = "cells" if isinstance(self.budget, int) else "of the tokens"
+        lines.append(f"policy          {self.policy}")
+        lines.append(f"budget          {self.budget:g} {unit} kept")
+        last = f", the last took {self.last_merge_ms:.1f} ms" if self.merges else ""
+        lines.append(f"merges          {len(self.merges)}{last}")
+        if self.flow:
+            lines.append("flow            layer    rho  text->media  media->text  folds across")
+        for layer in self.flow:
+            lines.append(
+                f"                {layer.layer:>5}  {layer.rho:.3f}  {layer.text_to_media:>11.3f}"
+                f"  {layer.media_to_text:>11.3f}  {'yes' if layer.across else 'no':>12}"
+            )
+        return "\n".join(lines)
