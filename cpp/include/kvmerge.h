@@ -182,7 +182,7 @@ KVMERGE_API int32_t kvmerge_get_flow(
         int32_t                       capacity);
 
 // What the last merge did to each of the n cells it found, for one layer (index among the merged layers) and KV head.
-// Each array holds `capacity` entries and may be NULL:
+// Each array holds `capacity` entries and may be NULL; with all of them NULL only n is returned:
 //   order     index of the token in the sequence, counted from 0
 //   modality  enum kvmerge_modality
 //   segment   segment number, counted from 0
@@ -229,7 +229,7 @@ KVMERGE_API int32_t kvmerge_read_cells(
 //   modality  U8  [rows]
 //   proxy     U8  [rows] 1 for rows of the proxy window, 0 for flow samples
 //   scale     F32 factor of the attention logits
-// Returns the number of rows, or a negative status; capacity counts rows.
+// Returns the number of rows, or a negative status; capacity counts rows and is not looked at when all arrays are NULL.
 KVMERGE_API int32_t kvmerge_read_queries(
         const struct kvmerge_engine * engine,
         int32_t                       seq_id,

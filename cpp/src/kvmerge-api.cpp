@@ -162,6 +162,9 @@ int32_t kvmerge_get_plan(
         const auto & plan = engine->plans[layer][head];
         const size_t n    = plan.cells.size();
 
+        if (!order && !modality && !segment && !fate && !target && !score) {
+            return n;
+        }
         if (const int32_t status = check_capacity(n, capacity)) {
             return status;
         }
@@ -280,6 +283,9 @@ int32_t kvmerge_read_queries(
             slots.push_back(slot);
         }
 
+        if (!q && !order && !modality && !proxy) {
+            return slots.size();
+        }
         if (const int32_t status = check_capacity(slots.size(), capacity)) {
             return status;
         }

@@ -1,0 +1,127 @@
+"""A llama.cpp context at the level of the C API: what the tests need and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmerge import _library
+from kvmerge._binding import Engine
+
+llama_cpp = _library.load()
+
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+
+
+class Session:
+    """One model and one context, with an engine when ``merge`` is given.
+
+    Parameters
+    ----------
+    model
+        GGUF file.
+    merge
+        Fields of ``kvmerge_params``; ``None``: no engine.
+    cache_type
+        Type of K and V.
+    flash_attention
+        Whether attention is fused; a quantized V needs it.
+    n_ctx, n_batch
+        As in llama.cpp.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        merge: Mapping[str, Any] | None = None,
+        cache_type: str = "f16",
+        flash_attention: bool = True,
+        n_ctx: int = 1024,
+        n_batch: int = 512,
+        n_seq_max: int = 1,
+        threads: int = 1,
+    ) -> None:
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
+        assert self.model, f"{model} does not load"
+        context = llama_cpp.llama_context_default_params()
+        context.n_ctx = n_ctx
+        context.n_batch = context.n_ubatch = n_batch
+        context.n_seq_max = n_seq_max
+        context.kv_unified = True
+        context.n_threads = context.n_threads_batch = threads
+        context.type_k = context.type_v = GGML_TYPES[cache_type]
+        context.flash_attn_type = 1 if flash_attention else 0
+        self.context = llama_cpp.llama_init_from_model(self.model, context)
+        assert self.context, "no context"
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.n_embd = llama_cpp.llama_model_n_embd(self.model)
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.position = 0
+        address = ctypes.cast(self.context, ctypes.c_void_p).value or 0
+        self.engine = Engine(address, merge) if merge is not None else None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+    def decode(
+        self,
+        tokens: Sequence[int] | None = None,
+        embeddings: npt.NDArray[np.float32] | None = None,
+        sequence: int = 0,
+        position: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Read tokens or embedding rows; return the logits of the last one, [n_vocab]."""
+        start = self.position if position is None else position
+        n = len(tokens) if tokens is not None else len(embeddings)  # type: ignore[arg-type]
+        batch = llama_cpp.llama_batch_init(n, 0 if tokens is not None else self.n_embd, 1)
+        try:
+            batch.n_tokens = n
+            for i in range(n):
+                if tokens is not None:
+                    batch.token[i] = int(tokens[i])
+                batch.pos[i] = start + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = i == n - 1
+            if embeddings is not None:
+                rows = np.ascontiguousarray(embeddings, np.float32)
+                ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+            assert llama_cpp.llama_decode(self.context, batch) == 0
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if position is None:
+            self.position += n
+        logits = llama_cpp.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(logits, (self.n_vocab,)).copy()
+
+    def generate(self, logits: npt.NDArray[np.float32], n: int) -> list[npt.NDArray[np.float32]]:
+        """Greedily read n tokens on; return the logits of each."""
+        out = []
+        for _ in range(n):
+            logits = self.decode([int(np.argmax(logits))])
+            out.append(logits)
+        return out
+
+    def remove(self, start: int, end: int, sequence: int = 0) -> bool:
+        """Remove positions [start, end) of a sequence; false when it is refused."""
+        return bool(llama_cpp.llama_memory_seq_rm(self.memory, sequence, start, end))
