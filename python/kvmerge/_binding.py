@@ -75,6 +75,11 @@ def _native() -> tuple[Any, Any, int]:
     return ffi, ffi.dlopen(str(_library.library_file("llama"))), int(version.group(1))
 
 
+def api_version() -> int:
+    """Return the version of the library's kvmerge API."""
+    return int(_native()[1].kvmerge_api_version())
+
+
 def check() -> None:
     """Check that the library is patched and of the header's version.
 

@@ -643,6 +643,22 @@ class Llama(StockLlama):
 
     # What the cache holds.
 
+    @property
+    def engine(self) -> Engine | None:
+        """The merging engine, for a look inside; None when merging is off."""
+        self._check_open()
+        return self._engine
+
+    @property
+    def policy(self) -> Policy | None:
+        """How the cache is merged; None when merging is off."""
+        return self._policy
+
+    @property
+    def media_spans(self) -> tuple[MediaSpan, ...]:
+        """Where the pictures and sounds lie among the tokens that were read."""
+        return tuple(self._spans)
+
     def _n_cells(self) -> int:
         return self.n_tokens if self._engine is None else self._engine.n_cells()
 

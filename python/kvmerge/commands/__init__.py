@@ -1,0 +1,1 @@
+"""The sub-commands of ``kvmerge``, one module each, imported when one is used."""

@@ -1,0 +1,143 @@
+"""The report of ``kvmerge demo``: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._binding import FATES, MODALITIES
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def patch_grid(n_tokens: int) -> tuple[int, int]:
+    """Return columns and rows of a picture's patches: the grid that is nearest to a square."""
+    for rows in range(math.isqrt(n_tokens), 0, -1):
+        if n_tokens % rows == 0:
+            return n_tokens // rows, rows
+    return n_tokens, 1
+
+
+def merge_view(llm: Llama) -> dict[str, Any] | None:
+    """Return what the last merge of a model did, per layer and head, as plain data.
+
+    Parameters
+    ----------
+    llm : Llama
+        A model that has merged once, so that each cell it found was one token.
+
+    Returns
+    -------
+    dict or None
+        None when nothing was merged.
+    """
+    engine, stats = llm.engine, llm.kv_stats()
+    if engine is None or not stats.merges:
+        return None
+    spans = [span for span in llm.media_spans if span.modality == "image"]
+    layers = []
+    for index, flow in enumerate(stats.flow):
+        heads = []
+        kept = {name: [0, 0] for name in MODALITIES[:2]}
+        for head in range(engine.layer(index).n_head_kv):
+            plan = engine.plan(index, head)
+            fates = np.full(int(plan.order.max(initial=-1)) + 1, FATES.index("dropped"))
+            fates[plan.order] = plan.fate
+            heads.append(
+                ["".join(str(fate) for fate in fates[span.start : span.end]) for span in spans]
+            )
+            survives = plan.fate >= FATES.index("kept")
+            for value, name in enumerate(MODALITIES[:2]):
+                of_kind = plan.modality == value
+                kept[name][0] += int((survives & of_kind).sum())
+                kept[name][1] += int(of_kind.sum())
+        layers.append(
+            {
+                "layer": flow.layer,
+                "rho": flow.rho,
+                "text_to_media": flow.text_to_media,
+                "media_to_text": flow.media_to_text,
+                "across": flow.across,
+                "kept": {name: part / max(whole, 1) for name, (part, whole) in kept.items()},
+                "heads": heads,
+            }
+        )
+    merge = stats.merges[-1]
+    return {
+        "theta": llm.policy.theta if llm.policy is not None else 0.0,
+        "match": llm.policy.match if llm.policy is not None else "none",
+        "policy": stats.policy,
+        "cells_before": merge.cells_before,
+        "cells_after": merge.cells_after,
+        "grids": [patch_grid(span.end - span.start) for span in spans],
+        "layers": layers,
+    }
+
+
+def _data_uri(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    meanings: Sequence[tuple[str, str]],
+    turns: Sequence[dict[str, Any]],
+    pictures: Sequence[tuple[Any, str]],
+    view: dict[str, Any] | None,
+) -> None:
+    """Write the report.
+
+    Parameters
+    ----------
+    path : Path
+        Where to.
+    title : str
+        Headline.
+    header, rows, meanings
+        The table of figures, and what its columns mean.
+    turns : sequence of dict
+        ``question``, ``expected`` and two ``answers`` with ``text``, ``score`` and ``mark``.
+    pictures : sequence of (PIL.Image.Image, str)
+        The pictures with their captions.
+    view : dict or None
+        See `merge_view`.
+
+    Raises
+    ------
+    OptionError
+        If the file cannot be written.
+    """
+    data = {
+        "header": list(header),
+        "rows": [list(row) for row in rows],
+        "meanings": list(meanings),
+        "turns": list(turns),
+        "pictures": [{"src": _data_uri(image), "caption": text} for image, text in pictures],
+        "view": view,
+    }
+    # "<" would end the script element if it came as "</script>".
+    encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    page = page.replace("{{title}}", html.escape(title)).replace("{{data}}", encoded)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"the report {path} cannot be written: {error.strerror}") from error
