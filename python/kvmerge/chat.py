@@ -235,6 +235,12 @@ class ChatHandler(MTMDChatHandler):
     @contextmanager
     def _prompt(self, text: str, parts: list[MediaPart]) -> Iterator[Prompt]:
         """Tokenize a text with markers; the prompt's media live until the end of the block."""
+        shown = text.count(self._marker)
+        if shown != len(parts):
+            raise MediaError(
+                f"the chat template shows {shown} of the messages' {len(parts)} pictures and "
+                "sounds: it does not take them at that place"
+            )
         with ExitStack() as stack:
             bitmaps = []
             for part in parts:
@@ -255,12 +261,6 @@ class ChatHandler(MTMDChatHandler):
             with caught(llama_cpp, mtmd_cpp) as errors:
                 status = mtmd_cpp.mtmd_tokenize(
                     self.mtmd_ctx, chunks, ctypes.byref(source), array, len(bitmaps)
-                )
-            if status == 1:
-                raise MediaError(
-                    f"the chat template shows {text.count(self._marker)} of the messages' "
-                    f"{len(parts)} pictures and sounds: this model's template does not take them "
-                    "at that place"
                 )
             if status != 0:
                 raise MediaError(

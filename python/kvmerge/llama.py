@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from numbers import Integral
@@ -206,7 +207,7 @@ class Llama(StockLlama):
                 if "Failed to load model" not in str(error):
                     raise
                 hint = ""
-                if "clip" in reason:
+                if "clip" in reason.lower():
                     hint = ". It looks like an mmproj: pass it as mmproj= and the model first"
                 raise ModelError(f"{path} cannot be loaded: {reason}{hint}") from error
 
@@ -219,7 +220,7 @@ class Llama(StockLlama):
         given = {"mmproj": mmproj}
         given |= {name: options.pop(name) for name in _PROJECTOR_SPELLINGS if name in options}
         given = {name: value for name, value in given.items() if value is not None}
-        if len({os.fspath(value) for value in given.values() if value is not None}) > 1:
+        if len(set(map(str, given.values()))) > 1:
             raise OptionError(f"{' and '.join(given)} name different files: pass mmproj= only")
         return next(iter(given.values()), None)
 
@@ -567,10 +568,16 @@ class Llama(StockLlama):
                 "set_cache() does not go with kv_merge=: llama.cpp's saved states do not carry "
                 "merged cells. Call set_cache(None)"
             )
-        for part in super()._create_completion(*args, **options):
-            if "usage" in part:
-                part["usage"]["prompt_tokens_details"] = self._prompt_tokens_details()
-            yield part
+        try:
+            for part in super()._create_completion(*args, **options):
+                if "usage" in part:
+                    part["usage"]["prompt_tokens_details"] = self._prompt_tokens_details()
+                yield part
+        except ValueError as error:
+            # It counts the tokens of a text before anything of ours sees them.
+            if too_long := re.match(r"Requested tokens \((\d+)\) exceed", str(error)):
+                self._check_length(Prompt(), int(too_long[1]))
+            raise
 
     def _prompt_tokens_details(self) -> dict[str, int]:
         details = {"cached_tokens": self._cached_tokens, "cells": self._n_cells()}

@@ -106,7 +106,7 @@ class MediaPart:
         return hashlib.sha256(self.data).hexdigest()
 
     def _from_string(self, url: str) -> bytes:
-        scheme = urllib.parse.urlsplit(url).scheme.lower() if ":" in url[:32] else ""
+        scheme = url.partition(":")[0].lower() if ":" in url[:32] else ""
         if scheme == "data":
             return self._from_data_uri(url)
         if scheme in ("http", "https"):
@@ -142,8 +142,8 @@ class MediaPart:
             raise self.error(f"cannot be read: {error}") from error
 
     def _from_url(self, url: str) -> bytes:
-        request = urllib.request.Request(url, headers={"User-Agent": "kvmerge"})
         try:
+            request = urllib.request.Request(url, headers={"User-Agent": "kvmerge"})
             with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as response:
                 data: bytes = response.read(MAX_BYTES + 1)
         except urllib.error.HTTPError as error:

@@ -1,0 +1,67 @@
+"""Fixtures of all tests: the real library and the model in the package."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvmerge
+from kvmerge import pocket
+
+Factory = Callable[..., kvmerge.Llama]
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return pocket.model_path()
+
+
+@pytest.fixture(scope="session")
+def mmproj() -> Path:
+    return pocket.mmproj_path()
+
+
+def make_llama(*arguments: Any, **options: Any) -> kvmerge.Llama:
+    """Return the pocket model with pictures, unless told otherwise."""
+    # The model is tiny: a second thread costs more than it brings on a busy machine.
+    options = {
+        "mmproj": pocket.mmproj_path(),
+        "n_ctx": 2048,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "verbose": False,
+        **options,
+    }
+    return kvmerge.Llama(*(arguments or (pocket.model_path(),)), **options)
+
+
+@pytest.fixture
+def llama() -> Iterator[Factory]:
+    """Make models that are closed after the test."""
+    made: list[kvmerge.Llama] = []
+
+    def make(*arguments: Any, **options: Any) -> kvmerge.Llama:
+        made.append(make_llama(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+    gc.collect()
+
+
+@pytest.fixture
+def prompt() -> pocket.Prompt:
+    """Four pictures with text between them, and ten questions."""
+    return pocket.make_prompt(np.random.default_rng(20), 4)
+
+
+def answer(llm: kvmerge.Llama, messages: Any, **options: Any) -> str:
+    """Return the greedy answer to a chat."""
+    options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": 24, **options}
+    return llm.create_chat_completion(messages, **options)["choices"][0]["message"]["content"]

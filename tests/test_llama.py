@@ -1,0 +1,301 @@
+"""`kvmerge.Llama`: everything but pictures."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+import kvmerge
+from conftest import Factory, answer
+from kvmerge import errors, pocket
+from kvmerge.policies import resolve
+
+TEXT = " ".join(
+    f"The code of the {thing} is {code}."
+    for thing, code in zip(
+        ("old box", "new door", "small key", "heavy bag", "clean car", "round cup"),
+        (123, 456, 789, 321, 654, 987),
+        strict=True,
+    )
+)
+
+
+def logits_after(llm: llama_cpp.Llama, tokens: list[int], n: int = 8) -> np.ndarray:
+    """Return the logits after the prompt and after each of `n` greedy tokens."""
+    rows = []
+    for token in llm.generate(tokens, temp=0.0):
+        rows.append(np.array(llm._ctx.get_logits()[: llm.n_vocab()]))
+        if len(rows) > n:
+            break
+        assert token >= 0
+    return np.array(rows)
+
+
+def test_is_a_llama_cpp_llama(llama: Factory) -> None:
+    llm = llama()
+    assert isinstance(llm, llama_cpp.Llama)
+    response = llm.create_completion(TEXT, max_tokens=4, temperature=0.0)
+    assert response["choices"][0]["finish_reason"] in ("length", "stop")
+    assert response["usage"]["prompt_tokens_details"]["cells"] > 60
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kv_merge": "none"}, {"kv_merge": "flowmm", "kv_budget": 1.0}],
+    ids=["off", "none", "budget 1"],
+)
+def test_off_means_off(options: dict[str, Any], model: Path, llama: Factory) -> None:
+    stock = llama_cpp.Llama(str(model), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False)
+    tokens = stock.tokenize(TEXT.encode())
+    expected = logits_after(stock, tokens)
+    stock.close()
+    llm = llama(mmproj=None, **options)
+    assert llm.engine is None
+    np.testing.assert_array_equal(logits_after(llm, tokens), expected)
+
+
+def test_completion_merges(llama: Factory, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvmerge")
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.5)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=4, temperature=0.0)
+    stats = llm.kv_stats()
+    assert stats.merges[0].cells_before == len(tokens)
+    assert stats.merges[0].cells_after == -(-len(tokens) // 2)
+    assert stats.cells == stats.merges[0].cells_after + stats.tokens - len(tokens)
+    assert stats.last_merge_ms > 0
+    assert len(caplog.messages) == 1
+    line = (
+        rf"merged {len(tokens)} cells into {stats.merges[0].cells_after} .* MiB into .* MiB, .* ms"
+    )
+    assert re.fullmatch(line, caplog.messages[0])
+
+
+def test_first_token_comes_from_the_full_cache(llama: Factory) -> None:
+    full, merged = llama(mmproj=None), llama(mmproj=None, kv_merge="flowmm", kv_budget=0.3)
+    tokens = full.tokenize(TEXT.encode())
+    expected, found = logits_after(full, tokens, 1), logits_after(merged, tokens, 1)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert not np.array_equal(found[1], expected[1])
+
+
+def test_merge_before(llama: Factory) -> None:
+    full = llama(mmproj=None)
+    tokens = full.tokenize(TEXT.encode())
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.3, merge_before=5)
+    found = logits_after(llm, tokens, 1)
+    assert not np.array_equal(found[0], logits_after(full, tokens, 1)[0])
+    merge = llm.kv_stats().merges[0]
+    assert merge.tokens == merge.cells_before == len(tokens) - 5
+
+
+def test_merge_before_of_more_than_the_prompt(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.3, merge_before=5000)
+    llm.create_completion(TEXT, max_tokens=2)
+    assert llm.kv_stats().tokens > 0
+
+
+@pytest.mark.parametrize("budget", [40, 1, 0.9])
+def test_budgets(budget: float | int, llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=budget)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=2)
+    expected = budget if isinstance(budget, int) else -(-len(tokens) * 9 // 10)
+    assert llm.kv_stats().merges[0].cells_after == expected
+
+
+def test_short_prompts_are_left_alone(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.2)
+    llm.create_completion("The code", max_tokens=2)
+    assert not llm.kv_stats().merges
+
+
+def test_merges_again_past_the_budget(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=1)
+    more = tokens + llm.tokenize(TEXT.encode(), add_bos=False)
+    response = llm.create_completion(more, max_tokens=1)
+    details = response["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] == len(tokens), "what is there is not read again"
+    stats = llm.kv_stats()
+    assert [merge.tokens for merge in stats.merges] == [len(tokens), len(more)]
+    assert stats.cells == -(-len(more) * 2 // 5)
+    assert llm.engine is not None and llm.engine.n_tokens() == len(more)
+
+
+def test_diverging_prompt_is_read_again(llama: Factory, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvmerge")
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=1)
+    other = tokens[:30] + tokens[40:]
+    found = logits_after(llm, other, 4)
+    assert any("reading all" in message for message in caplog.messages)
+    fresh = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    np.testing.assert_array_equal(found, logits_after(fresh, other, 4))
+
+
+@pytest.mark.parametrize("merge", [None, "flowmm"])
+def test_same_prompt_twice(merge: str | None, llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge=merge, kv_budget=0.5)
+    first = llm.create_completion(TEXT, max_tokens=6, temperature=0.0)["choices"][0]["text"]
+    again = llm.create_completion(TEXT, max_tokens=6, temperature=0.0)["choices"][0]["text"]
+    if merge is None:
+        assert again == first
+    assert isinstance(again, str)
+
+
+def test_text_chats_merge(llama: Factory) -> None:
+    for options in ({"mmproj": None}, {}):
+        llm = llama(kv_merge="flowmm", kv_budget=0.4, **options)
+        answer(llm, [{"role": "user", "content": TEXT}])
+        assert len(llm.kv_stats().merges) == 1
+
+
+def test_reset_forgets(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    llm.create_completion(TEXT, max_tokens=2)
+    llm.reset()
+    stats = llm.kv_stats()
+    assert (stats.tokens, stats.cells, stats.positions, stats.merges) == (0, 0, 0, ())
+
+
+def test_going_back_into_merged_cells(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=1)
+    llm.n_tokens = 10
+    with pytest.raises(errors.StateError, match="cannot go back to token 10"):
+        llm.eval([5])
+    llm.reset()
+    llm.eval([5])
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32", "q8_0", "bf16"])
+def test_cache_types_by_name(kind: str, llama: Factory) -> None:
+    llm = llama(mmproj=None, type_k=kind, type_v=kind, flash_attn=True)
+    llm.create_completion(TEXT, max_tokens=1)
+    per_number = {"f16": 2, "bf16": 2, "f32": 4, "q8_0": 34 / 32}[kind]
+    arch = llm.metadata["general.architecture"]
+    layers = int(llm.metadata[f"{arch}.block_count"])
+    heads = int(llm.metadata[f"{arch}.attention.head_count_kv"])
+    assert llm.kv_stats().bytes_per_cell == layers * 2 * heads * 64 * per_number
+
+
+def test_bytes_per_cell_agree(llama: Factory) -> None:
+    assert (
+        llama(mmproj=None).kv_stats().bytes_per_cell
+        == llama(mmproj=None, kv_merge="flowmm").kv_stats().bytes_per_cell
+        > 0
+    )
+
+
+def test_stats(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge=kvmerge.FlowMM(theta=0.3), kv_budget=0.4)
+    llm.create_completion(TEXT, max_tokens=2)
+    stats = llm.kv_stats()
+    assert stats.positions == stats.tokens > stats.cells
+    assert stats.mib == stats.cells * stats.bytes_per_cell / 2**20
+    assert stats.mib_full == stats.tokens * stats.bytes_per_cell / 2**20
+    assert "theta=0.3" in stats.policy
+    shown = str(stats)
+    for word in ("tokens seen", "cells held", "KV MiB", "flowmm", "0.4 of the tokens kept", "rho"):
+        assert word in shown
+    plain = stats.to_dict()
+    assert plain["merges"][0]["cells_after"] == stats.merges[0].cells_after
+    assert plain["flow"][0]["rho"] == 0.0, "one modality: nothing crosses"
+
+
+def test_pickle(llama: Factory) -> None:
+    llm = llama(kv_merge=kvmerge.FlowMM(theta=0.3), kv_budget=64, merge_before=3, n_batch=128)
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        state = copy.__getstate__()
+        for name in ("kv_merge", "kv_budget", "merge_before", "mmproj", "n_batch", "n_ctx"):
+            assert state[name] == llm.__getstate__()[name], name
+        assert copy.chat_handler.mtmd_ctx is not None
+    finally:
+        copy.close()
+
+
+def test_save_and_load_state_without_merging(llama: Factory) -> None:
+    llm = llama(mmproj=None)
+    tokens = llm.tokenize(TEXT.encode())
+    expected = logits_after(llm, tokens, 3)
+    state = llm.save_state()
+    llm.create_completion("The old", max_tokens=2)
+    llm.load_state(pickle.loads(pickle.dumps(state)))
+    assert llm.kv_stats().tokens == state.n_tokens
+    np.testing.assert_array_equal(logits_after(llm, tokens, 3)[1:], expected[1:])
+
+
+def test_states_of_merged_caches_are_refused(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
+    llm.create_completion(TEXT, max_tokens=2)
+    with pytest.raises(errors.UnsupportedError, match="cannot be saved"):
+        llm.save_state()
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    with pytest.raises(errors.UnsupportedError, match="set_cache"):
+        llm.create_completion(TEXT, max_tokens=2)
+    llm.set_cache(None)
+    llm.create_completion(TEXT, max_tokens=2)
+
+
+def test_all_spellings_of_the_projector(model: Path, mmproj: Path, llama: Factory) -> None:
+    for name in ("mmproj", "mmproj_path", "clip_model_path"):
+        llm = llama(**{"mmproj": None, name: str(mmproj)})
+        assert llm.chat_handler.clip_model_path == str(mmproj)
+
+
+def test_log_probabilities(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.5, logits_all=True)
+    response = llm.create_completion(TEXT, max_tokens=3, logprobs=2, temperature=0.0)
+    assert len(response["choices"][0]["logprobs"]["tokens"]) == 3
+
+
+def test_speculative_decoding(llama: Factory) -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    options = {"mmproj": None, "kv_merge": "flowmm", "kv_budget": 0.5}
+    plain = llama(**options).create_completion(TEXT, max_tokens=12, temperature=0.0)
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    drafted = llama(**options, draft_model=draft).create_completion(
+        TEXT, max_tokens=12, temperature=0.0
+    )
+    assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
+
+
+def test_evict_is_flowmm_without_folding(llama: Factory) -> None:
+    tokens: list[int] = []
+    kept = []
+    for policy in (kvmerge.FlowMM(), kvmerge.Evict()):
+        llm = llama(mmproj=None, kv_merge=policy, kv_budget=0.4)
+        tokens = tokens or llm.tokenize(TEXT.encode())
+        llm.create_completion(tokens, max_tokens=1)
+        assert llm.engine is not None
+        plan = llm.engine.plan(0, 0)
+        kept.append(sorted(plan.order[plan.fate >= 2].tolist()))
+    assert kept[0] == kept[1]
+    assert resolve("evict") == kvmerge.Evict()
+
+
+def test_policies_are_shown_with_what_can_be_chosen() -> None:
+    assert "score" not in str(kvmerge.FlowMM())
+    assert str(kvmerge.Evict()) == "evict(window=16, sinks=4, flow_rows=64)"
+    with pytest.raises(TypeError, match="match"):
+        kvmerge.FlowMM(match="any")  # type: ignore[call-arg]
+    custom = kvmerge.Policy(match="segment", keys="keep")
+    assert custom.engine_params()["match"] == 4
+
+
+def test_presets_are_listed() -> None:
+    assert kvmerge.presets()[:2] == ("none", "flowmm")
+    assert pocket.model_path().exists()
