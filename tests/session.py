@@ -1,8 +1,13 @@
-"""A llama.cpp context at the level of the C API: what the tests need and nothing else."""
+"""A llama.cpp context at the level of the C API: what tests and benchmarks need.
+
+With ``STOCK_LIBRARIES`` in the environment it runs on the unpatched library of that folder, to
+compare with.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvmerge import _library
-from kvmerge._binding import Engine
+STOCK = os.environ.get("STOCK_LIBRARIES")
 
-llama_cpp = _library.load()
+if STOCK:
+    os.environ["LLAMA_CPP_LIB_PATH"] = STOCK
+    ggml = ctypes.CDLL(str(next(Path(STOCK).glob("libggml.*"))), mode=ctypes.RTLD_GLOBAL)
+    if hasattr(ggml, "ggml_backend_load_all_from_path"):
+        ggml.ggml_backend_load_all_from_path(STOCK.encode())
+    import llama_cpp
+else:
+    from kvmerge import _library
+    from kvmerge._binding import Engine
+
+    llama_cpp = _library.load()
 
 GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 
