@@ -112,7 +112,10 @@ class MediaPart:
         if scheme in ("http", "https"):
             return self._from_url(url)
         if scheme == "file":
-            parts = urllib.parse.urlsplit(url)
+            try:
+                parts = urllib.parse.urlsplit(url)
+            except ValueError as error:
+                raise self.error(f"is not a URL: {error}") from error
             if parts.netloc not in ("", "localhost"):
                 raise self.error(f"is on another machine ({parts.netloc})")
             return self._from_file(Path(urllib.request.url2pathname(parts.path)))
