@@ -40,14 +40,13 @@ foreach(target IN LISTS kvmerge_libraries)
     endif()
 endforeach()
 
-# Programs are not shipped; they find the libraries in the build tree.
 set(kvmerge_destinations kvmerge)
 if(SKBUILD_STATE STREQUAL "editable")
     # The package is imported from the source tree, and looks for its libraries beside itself.
     list(APPEND kvmerge_destinations "${PROJECT_SOURCE_DIR}/python/kvmerge")
 endif()
 set(kvmerge_shipped ${kvmerge_libraries})
-list(REMOVE_ITEM kvmerge_shipped llama-common)
+list(FILTER kvmerge_shipped EXCLUDE REGEX "^llama-") # parts of the tools
 foreach(destination IN LISTS kvmerge_destinations)
     install(TARGETS ${kvmerge_shipped}
         LIBRARY DESTINATION "${destination}/lib" COMPONENT kvmerge
