@@ -160,6 +160,13 @@ def test_text_chats_merge(llama: Factory) -> None:
         assert len(llm.kv_stats().merges) == 1
 
 
+def test_context_that_is_rounded_up(llama: Factory) -> None:
+    llm = llama(mmproj=None, n_ctx=100, logits_all=True)
+    assert llm.n_ctx() > 100
+    llm.create_completion("The old box and " * 20, max_tokens=20, temperature=0.0)
+    assert llm.kv_stats().tokens > 100
+
+
 def test_reset_forgets(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
     llm.create_completion(TEXT, max_tokens=2)

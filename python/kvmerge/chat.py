@@ -126,7 +126,7 @@ class ChatHandler(MTMDChatHandler):
         self._llama = weakref.ref(llama)
         self._init_mtmd_context(llama)
 
-    def _init_mtmd_context(self, llama_model: Llama) -> None:
+    def _init_mtmd_context(self, llama_model: Llama) -> None:  # type: ignore[override]
         if self.mtmd_ctx is not None:
             return
         self.verbose = llama_model.verbose
@@ -226,11 +226,9 @@ class ChatHandler(MTMDChatHandler):
         return bitmap
 
     def _bitmap_of_bytes(self, data: bytes) -> Any:
+        assert self.mtmd_ctx is not None
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        with suppress_stdout_stderr(disable=self.verbose), caught(llama_cpp, mtmd_cpp):
-            return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(
-                self.mtmd_ctx, buffer, len(data), False
-            )
+        return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(self.mtmd_ctx, buffer, len(data), False)
 
     @contextmanager
     def _prompt(self, text: str, parts: list[MediaPart]) -> Iterator[Prompt]:
@@ -328,7 +326,9 @@ class ChatHandler(MTMDChatHandler):
             )
         return int(after.value)
 
-    def __call__(self, *, llama: Llama, messages: list[Any], **options: Any) -> Any:
+    def __call__(  # type: ignore[override]
+        self, *, llama: Llama, messages: list[Any], **options: Any
+    ) -> Any:
         """Answer a chat; called by `Llama.create_chat_completion`."""
         if self.mtmd_ctx is None:
             self.load(llama)
@@ -341,7 +341,7 @@ class ChatHandler(MTMDChatHandler):
         def formatter(**_: Any) -> ChatFormatterResponse:
             return ChatFormatterResponse(prompt="", added_special=True)
 
-        answer = chat_formatter_to_chat_completion_handler(formatter)
+        answer: Any = chat_formatter_to_chat_completion_handler(formatter)
         return answer(
             llama=_ReadAlready(llama, tokens),
             messages=messages,

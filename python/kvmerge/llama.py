@@ -186,6 +186,7 @@ class Llama(StockLlama):
         self._cached_tokens = 0
         try:
             self._load(path, options)
+            self._fit_arrays()
             # Index i is the position at which token i begins; the last known one is the next.
             self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
             if handler is not None:
@@ -210,6 +211,17 @@ class Llama(StockLlama):
                 if "clip" in reason.lower():
                     hint = ". It looks like an mmproj: pass it as mmproj= and the model first"
                 raise ModelError(f"{path} cannot be loaded: {reason}{hint}") from error
+
+    def _fit_arrays(self) -> None:
+        """Make the parent's arrays as long as the context that llama.cpp has made.
+
+        It rounds ``n_ctx`` up, and the parent checks against the rounded number, but sizes its
+        arrays by what was asked for.
+        """
+        if len(self.input_ids) < self._n_ctx:
+            self.input_ids = np.zeros(self._n_ctx, np.intc)
+            if self._logits_all:
+                self.scores = np.zeros((self._n_ctx, self._n_vocab), np.single)
 
     # Options.
 
@@ -341,7 +353,7 @@ class Llama(StockLlama):
         self._merges.clear()
         self._requires_eval = True
 
-    def _append(self, ids: Sequence[int], positions: Sequence[int] | npt.NDArray[np.int32]) -> None:
+    def _append(self, ids: Sequence[int], positions: npt.NDArray[np.integer[Any]]) -> None:
         """Note tokens that are now in the cache; `positions` has one more entry, the next."""
         n, end = self.n_tokens, self.n_tokens + len(ids)
         self.input_ids[n:end] = ids
@@ -540,19 +552,30 @@ class Llama(StockLlama):
     # Generation.
 
     def generate(
-        self, tokens: Sequence[int], *args: Any, reset: bool = True, **options: Any
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.80,
+        repeat_penalty: float = 1.0,
+        reset: bool = True,
+        *args: Any,
+        **options: Any,
     ) -> Generator[int, Sequence[int] | None, None]:
         """Read a prompt and generate tokens; as `llama_cpp.Llama.generate`, and merging."""
         self._check_open()
         tokens = list(tokens)
         prefilled, self._prefilled = self._prefilled, False
-        if reset and not (prefilled and self._is_read(tokens)):
-            self.read(Prompt.from_tokens(tokens))
-        elif not reset:
+        if not reset:
             self.eval(tokens)
             self._merge()
-        # The parent reads nothing more: it finds no tokens left, and samples.
-        yield from super().generate([], *args, reset=False, **options)
+        elif not (prefilled and self._is_read(tokens)):
+            self.read(Prompt.from_tokens(tokens))
+        # The parent finds no tokens left to read, and samples.
+        sampling = (top_k, top_p, min_p, typical_p, temp, repeat_penalty)
+        yield from super().generate([], *sampling, False, *args, **options)
 
     def _is_read(self, tokens: list[int]) -> bool:
         """Whether exactly these tokens are in the cache, ready to be sampled from."""
@@ -570,8 +593,9 @@ class Llama(StockLlama):
             )
         try:
             for part in super()._create_completion(*args, **options):
-                if "usage" in part:
-                    part["usage"]["prompt_tokens_details"] = self._prompt_tokens_details()
+                usage: Any = part.get("usage")
+                if usage is not None:
+                    usage["prompt_tokens_details"] = self._prompt_tokens_details()
                 yield part
         except ValueError as error:
             # It counts the tokens of a text before anything of ours sees them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -91,14 +90,15 @@ class Policy:
 
     def _check_int(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not low <= int(value) <= high:
             raise self._refuse(field, f"a whole number from {low} to {high}")
 
     def _check_fraction(self, field: str) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise self._refuse(field, "a number from 0 to 1")
-        if not 0 <= value <= 1:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        # A comparison with NaN is false.
+        if not number or not 0 <= float(value) <= 1:
             raise self._refuse(field, "a number from 0 to 1")
 
     def engine_params(self) -> dict[str, Any]:
