@@ -29,7 +29,7 @@ class Config:
     picture: int = 64
     patch: int = 8
     vision_width: int = 128
-    vision_layers: int = 3
+    vision_layers: int = 4
     vision_heads: int = 4
     vision_ffn: int = 512
     width: int = 256
@@ -101,7 +101,7 @@ class Vision(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in float32."""
+    """Root-mean-square norm; under autocast the result is bfloat16."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -109,13 +109,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        y = x * (size.square() / x.shape[-1] + self.eps).rsqrt()
+        if torch.is_autocast_enabled("cpu"):
+            return y.bfloat16() * self.weight.bfloat16()
+        return y * self.weight
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved rotary embedding (pairs of neighbouring channels)."""
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Interleaved rotary embedding: neighbouring channels are one complex number."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class DecoderBlock(nn.Module):
@@ -137,18 +141,16 @@ class DecoderBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        turn: Tensor,
         cache: list[tuple[Tensor, Tensor]] | None = None,
         index: int = 0,
     ) -> Tensor:
         c = self.c
         n, t, _ = x.shape
         y = self.norm1(x)
-        q = self.q(y).view(n, t, c.heads, c.head_size).transpose(1, 2)
-        k = self.k(y).view(n, t, c.kv_heads, c.head_size).transpose(1, 2)
+        q = _rotate(self.q(y).view(n, t, c.heads, c.head_size), turn).transpose(1, 2)
+        k = _rotate(self.k(y).view(n, t, c.kv_heads, c.head_size), turn).transpose(1, 2)
         v = self.v(y).view(n, t, c.kv_heads, c.head_size).transpose(1, 2)
-        q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
         causal = True
         if cache is not None:
             if len(cache) > index:
@@ -195,9 +197,9 @@ class Decoder(nn.Module):
         half = self.c.head_size // 2
         rates = self.c.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = torch.arange(start, start + x.shape[1], dtype=torch.float32)[:, None] * rates
-        cos, sin = angles.cos(), angles.sin()
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, i)
+            x = block(x, turn, cache, i)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

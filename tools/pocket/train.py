@@ -14,6 +14,8 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -25,14 +27,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from model import Config, Decoder, Vision  # noqa: E402
+import vocabulary as v  # noqa: E402
+from batches import PICTURE, Batch, Mix, make_batch, picture_index  # noqa: E402
+from model import Config, Decoder, PocketModel, Vision  # noqa: E402
 
 from kvmerge.pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
+from kvmerge.pocket.tasks import TASKS, Picture  # noqa: E402
 
 REPEATS = 40
 """Pictures drawn of every (colour, shape, letter)."""
 
-VOCABULARY = 640
+VOCABULARY = v.SIZE
 
 
 def log(message: str) -> None:
@@ -104,6 +109,8 @@ def train_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
     torch.manual_seed(1)
     pool = np.load(work / "pool.npy", mmap_mode="r")
     config = Config(VOCABULARY)
+    # The last block comes later, see `align_vision`.
+    config = replace(config, vision_layers=config.vision_layers - 1)
     vision = Vision(config)
     sizes = (len(COLOURS), len(SHAPES), len(LETTERS))
     heads = nn.ModuleList(nn.Linear(config.width, s) for s in sizes)
@@ -148,11 +155,61 @@ def train_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
             save(work / "vision-weights.pt", vision=vision.state_dict(), step=step + 1)
 
 
+def set_copying_heads(decoder: Decoder) -> None:
+    """Give the fresh decoder the two heads that copying needs.
+
+    Found by training alone they take many hundred steps in which nothing else is learnt.  The
+    first head looks one token back (a second one two tokens): the first channel of every embedding
+    is made a constant and the head reads only that channel, so that its scores depend on the
+    distance alone.  It writes what it saw into the last channels.  A head of the second block
+    looks for the place where these channels hold the present token and copies the token there.
+    """
+    c = decoder.c
+    size, half, fast = c.head_size, c.head_size // 2, 10
+    low = c.width - size
+    rates = c.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+    one, two = decoder.blocks[0], decoder.blocks[1]
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                p.mul_(0.2)
+        decoder.embed.weight[:, 0] = 0.36
+        decoder.embed.weight[:, low:] = 0.0
+        key = torch.zeros(size)
+        key[0 : 2 * fast : 2] = 1.1
+        one.k.weight[:size] = 0.0
+        one.k.weight[:size, 0] = key
+        for head in range(c.heads // c.kv_heads):
+            back = head + 1
+            query = torch.zeros(size)
+            query[0 : 2 * fast : 2] = 1.1 * torch.cos(rates[:fast] * back)
+            query[1 : 2 * fast : 2] = -1.1 * torch.sin(rates[:fast] * back)
+            rows = slice(head * size, (head + 1) * size)
+            one.q.weight[rows] = 0.0
+            one.q.weight[rows, 0] = query
+        reading = torch.randn(size, low - 1) * (low - 1) ** -0.5
+        one.v.weight[:size] = 0.0
+        one.v.weight[:size, 1:low] = reading
+        one.out.weight[:, :size] = 0.0
+        one.out.weight[low:, :size] = 0.06 * torch.eye(size)
+        # Only the slowly turning channels of the second head compare tokens.
+        two.k.weight[:size] = 0.0
+        two.k.weight[half:size, low : low + half] = 2.5 * torch.eye(half)
+        two.q.weight[:size] = 0.0
+        two.q.weight[half:size, 1:low] = 2.5 * reading[:half]
+        copying = torch.randn(size, low - 1) * (low - 1) ** -0.5
+        two.v.weight[:size] = 0.0
+        two.v.weight[:size, 1:low] = copying
+        two.out.weight[:, :size] = 0.0
+        two.out.weight[1:low, :size] = copying.T
+
+
 def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> None:
     """Train the fresh decoder to repeat random strings of tokens."""
     torch.set_num_threads(threads)
     torch.manual_seed(2)
     decoder = Decoder(Config(VOCABULARY))
+    set_copying_heads(decoder)
     optimizer = make_optimizer(decoder, rate, decay=0.01)
     path = work / "copy.pt"
     first = 0
@@ -204,28 +261,363 @@ def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> 
                 return
 
 
+class Tally:
+    """Running accuracy of every task, and the task weights that follow from it."""
+
+    def __init__(self) -> None:
+        self.right = dict.fromkeys(TASKS, 0.0)
+
+    def add(self, found: dict[str, list[float]]) -> None:
+        """Take in the answers of one batch."""
+        for task, values in found.items():
+            keep = 0.97 ** len(values)
+            self.right[task] = keep * self.right[task] + (1 - keep) * sum(values) / len(values)
+
+    def weights(self) -> list[float]:
+        """Ask more often what is not learnt yet."""
+        base = {"letter_of": 1.3, "picture_of": 1.5, "count": 1.5, "describe": 0.7, "code": 0.7}
+        return [base.get(t, 0.8) * (0.25 + 1.0 - self.right[t]) for t in TASKS]
+
+    def mean(self) -> float:
+        """Accuracy over all tasks."""
+        return sum(self.right.values()) / len(self.right)
+
+    def text(self) -> str:
+        """One line for the log."""
+        return " ".join(f"{t}={100 * r:.0f}" for t, r in self.right.items())
+
+
+def forward_batch(
+    model: PocketModel, batch: Batch, pixels: Tensor | None
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """Return the loss of a batch and, for every answer, whether all its tokens are right."""
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model.decoder.embed(batch.ids.clamp(min=0))
+        if pixels is not None:
+            features = model.vision(pixels).flatten(0, 1).to(x.dtype)
+            x = x.masked_scatter((batch.ids == PICTURE)[..., None], features)
+        hidden = model.decoder(x[:, :-1])
+        marked = batch.weights[:, 1:] > 0
+        scores = model.decoder.logits(hidden[marked]).float()
+    goal = batch.ids[:, 1:][marked]
+    weight = batch.weights[:, 1:][marked]
+    loss = (F.cross_entropy(scores, goal, reduction="none") * weight).sum() / weight.sum()
+    good = torch.ones_like(batch.ids, dtype=torch.bool)
+    good[:, 1:][marked] = scores.argmax(-1) == goal
+    found: dict[str, list[float]] = {}
+    for task, row, first, last in batch.spans:
+        found.setdefault(task, []).append(float(good[row, first:last].all()))
+    return loss, found
+
+
+def pick_from_pool(picture: Picture, rng: np.random.Generator) -> int:
+    """Return the pool index of a drawing of this picture."""
+    return picture_index(picture, REPEATS, rng)
+
+
+def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -> None:
+    """Train the decoder on the tasks with captions in place of the pictures."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(3)
+    config = Config(VOCABULARY)
+    model = PocketModel(config)
+    model.decoder.load_state_dict(torch.load(work / "copy.pt")["decoder"])
+    optimizer = make_optimizer(model.decoder, rate)
+    path = work / "text.pt"
+    first = 0
+    if path.exists():
+        state = torch.load(path)
+        model.decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    rng = np.random.default_rng([3, first])
+    tally = Tally()
+    most, changed = 2, first
+    begun = time.time()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 30)
+        n = int(rng.integers(min(2, most), most + 1))
+        rows = max(2, tokens // (18 * n + 350))
+        mix = Mix(n, rows, tally.weights(), show=False, clutter=most / 12)
+        batch = make_batch(rng, mix, 0, pick_from_pool)
+        loss, found = forward_batch(model, batch, None)
+        tally.add(found)
+        if tally.mean() > 0.75 and most < 12 and step >= changed + 8:
+            most, changed = most + 1, step
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 20 == 0:
+            pace = (time.time() - begun) / (step + 1 - first)
+            log(f"text {step + 1} {pace:.2f}s n<={most} loss {loss.item():.3f} {tally.text()}")
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            save(
+                path,
+                decoder=model.decoder.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+            )
+
+
+def word_rows(words: Sequence[str]) -> list[int]:
+    """Token ids of words as they stand inside a sentence."""
+    ids = [v.encode(" " + word) for word in words]
+    if any(len(i) != 1 for i in ids):
+        raise ValueError("a word is more than one token")
+    return [i[0] for i in ids]
+
+
+def align_vision(work: Path, steps: int, batch: int, rate: float, threads: int) -> None:
+    """Let every token of a picture say what its three words say together.
+
+    The decoder has learnt the tasks on words, so it understands such tokens almost at once.  The
+    last block of the ViT starts as one that adds the mean of the picture to every token, the last
+    matrix of the projector is solved for by least squares, and a few steps of training follow.
+    """
+    torch.set_num_threads(threads)
+    pool = np.load(work / "pool.npy", mmap_mode="r")
+    words = torch.load(work / "text.pt")["decoder"]["embed.weight"]
+    tables = [words[word_rows(group)] for group in (tuple(COLOURS), SHAPES, LETTERS)]
+    config = Config(VOCABULARY)
+    vision = Vision(config)
+    vision.load_state_dict(torch.load(work / "vision-weights.pt")["vision"], strict=False)
+    rng = np.random.default_rng(5)
+
+    def draw(count: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        index = np.sort(rng.choice(len(pool), count, replace=False))
+        combo = torch.from_numpy(index // REPEATS)
+        labels = [
+            combo // (len(SHAPES) * len(LETTERS)),
+            combo // len(LETTERS) % len(SHAPES),
+            combo % len(LETTERS),
+        ]
+        goal = sum(table[label] for table, label in zip(tables, labels, strict=True))
+        return to_pixels(pool[index], rng), labels, goal
+
+    block, one = vision.blocks[-1], torch.eye(config.vision_width)
+    with torch.no_grad():
+        for layer in (block.q, block.k, block.v, block.out, block.down):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        block.v.weight.copy_(one)
+        block.out.weight.copy_(3.0 * one)
+        pixels, labels, goal = draw(3000)
+        last, vision.mm2 = vision.mm2, nn.Identity()
+        tokens = torch.cat([vision(part) for part in pixels.split(500)]).flatten(0, 1)
+        vision.mm2 = last
+        centre, goal_centre = tokens.mean(0), goal.mean(0)
+        x = tokens - centre
+        square = x.t() @ x
+        square += 1e-4 * square.diagonal().mean() * torch.eye(len(square))
+        wanted = (goal - goal_centre).repeat_interleave(config.patches, 0)
+        matrix = torch.linalg.solve(square, x.t() @ wanted)
+        last.weight.copy_(matrix.t())
+        last.bias.copy_(goal_centre - centre @ matrix)
+    del tokens, x, wanted
+    optimizer = make_optimizer(vision, rate)
+    begun = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, steps, rate, 30)
+        pixels, labels, goal = draw(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = vision(pixels)
+        features = features.float()
+        spread = (goal - goal.mean(0)).pow(2).mean()
+        loss = (features - goal[:, None]).pow(2).mean() / spread
+        loss = loss + (features.mean(1) - goal).pow(2).mean() / spread
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vision.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 25 == 0:
+            right = []
+            for table, label in zip(tables, labels, strict=True):
+                scores = features.detach() @ table.t() - 0.5 * table.pow(2).sum(1)
+                right.append(f"{(scores.argmax(-1) == label[:, None]).float().mean():.3f}")
+            pace = (time.time() - begun) / (step + 1)
+            log(f"align {step + 1} {pace:.2f}s loss {loss.item():.3f} tokens right {right}")
+    save(work / "vision-aligned.pt", vision=vision.state_dict())
+
+
+def draw_batch(
+    rng: np.random.Generator,
+    n: int,
+    tokens: int,
+    weights: list[float],
+    captions: float,
+    clutter: float = 1.0,
+) -> Batch:
+    """Draw a batch of prompts with ``n`` pictures and about ``tokens`` tokens."""
+    rows = max(1, round(tokens / (84 * n + 400)))
+    mix = Mix(n, rows, weights, captions, clutter=clutter)
+    return make_batch(rng, mix, Config(VOCABULARY).patches, pick_from_pool)
+
+
+def measure(model: PocketModel, pool: np.ndarray, seed: int) -> str:
+    """Return the accuracy with 4, 8 and 12 pictures on a fixed set, as a line for the log."""
+    lines = []
+    rng = np.random.default_rng([99, seed])
+    with torch.no_grad():
+        for n in (4, 8, 12):
+            found: dict[str, list[float]] = {t: [] for t in TASKS}
+            for _ in range(2):
+                batch = draw_batch(rng, n, 8000, [1.0] * len(TASKS), 0.0)
+                _, part = forward_batch(model, batch, to_pixels(pool[batch.pictures]))
+                for task, values in part.items():
+                    found[task] += values
+            shares = {t: 100 * sum(x) / max(1, len(x)) for t, x in found.items()}
+            text = " ".join(f"{t}={s:.0f}" for t, s in shares.items())
+            lines.append(f"  n={n} mean {sum(shares.values()) / len(shares):.1f} {text}")
+    return "\n".join(lines)
+
+
+def train_joint(
+    work: Path,
+    steps: int,
+    rate: float,
+    threads: int,
+    tokens: int,
+    minutes: float,
+    vision_rate: float = 0.1,
+) -> None:
+    """Train everything on the tasks with pictures; stop after ``minutes`` at the latest."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(4)
+    pool = np.load(work / "pool.npy")
+    model = PocketModel(Config(VOCABULARY))
+    decoder_groups = make_optimizer(model.decoder, rate).param_groups
+    vision_groups = make_optimizer(model.vision, rate).param_groups
+    for group in vision_groups:
+        # A high rate makes the ViT forget the letters before the decoder reads them.
+        group["slow"] = vision_rate
+    optimizer = torch.optim.AdamW([*decoder_groups, *vision_groups], betas=(0.9, 0.95))
+    path = work / "joint.pt"
+    first, spent, most, changed = 0, 0.0, 3, 0
+    tally, words_only = Tally(), Tally()
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, spent = state["step"], state["spent"]
+        tally.right, most = state["tally"], state["most"]
+        changed = first
+    else:
+        model.decoder.load_state_dict(torch.load(work / "text.pt")["decoder"])
+        model.vision.load_state_dict(torch.load(work / "vision-aligned.pt")["vision"])
+    rng = np.random.default_rng([4, first])
+    begun = time.time()
+    for step in range(first, steps):
+        # The rate follows the time, so that the run ends when it has to.
+        clock = spent + time.time() - begun
+        if clock > minutes * 60:
+            break
+        part = max(step / steps, clock / (minutes * 60))
+        moving = part > 0.35
+        model.vision.requires_grad_(moving)
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                rate_at(step, 10**9, rate)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part)))
+                * group.get("slow", 1.0)
+            )
+        if tally.mean() > 0.72 and most < 12 and step >= changed + 15:
+            most, changed = most + 1, step
+        most = max(most, min(12, int(16 * part)))
+        n = int(rng.integers(1 if rng.random() < 0.15 else (most + 1) // 2, most + 1))
+        if part > 0.6 and rng.random() < 0.12:
+            n = int(rng.integers(13, 25))
+        if rng.random() < 0.4 * (1 - 2 * part):
+            # Words in place of pictures: cheap practice in finding the answer.
+            rows = max(2, tokens // (36 * n + 700))
+            mix = Mix(n, rows, words_only.weights(), show=False, clutter=most / 12)
+            batch = make_batch(rng, mix, 0, pick_from_pool)
+            loss, found = forward_batch(model, batch, None)
+            words_only.add(found)
+        else:
+            captions = 0.4 if part < 0.2 else 0.15
+            batch = draw_batch(rng, n, tokens, tally.weights(), captions, most / 12)
+            loss, found = forward_batch(model, batch, to_pixels(pool[batch.pictures], rng))
+            tally.add(found)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        done = step + 1
+        if done % 20 == 0:
+            pace = (time.time() - begun) / (done - first)
+            log(f"joint {done} {pace:.2f}s {part:.2f} n<={most} loss {loss.item():.3f} {tally.text()}")
+            if part < 0.5 and done % 100 == 0:
+                log(f"words only: {words_only.text()}")
+        if done % 200 == 0:
+            log(measure(model, pool, 0))
+        if done % 50 == 0:
+            save(
+                path,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=done,
+                spent=spent + time.time() - begun,
+                tally=tally.right,
+                most=most,
+            )
+    save(
+        path,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=steps,
+        spent=spent + time.time() - begun,
+        tally=tally.right,
+        most=most,
+    )
+    log(measure(model, pool, 1))
+
+
 def main() -> None:
     """Run the stages named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("pool", "vision", "copy"))
+    parser.add_argument("stage", choices=("pool", "vision", "copy", "text", "align", "joint", "all"))
     parser.add_argument("--work", type=Path, default=Path("pocket-work"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=256)
     parser.add_argument("--vision-rate", type=float, default=1.5e-3)
-    parser.add_argument("--copy-steps", type=int, default=3000)
+    parser.add_argument("--copy-steps", type=int, default=400)
     parser.add_argument("--copy-rows", type=int, default=48)
     parser.add_argument("--copy-rate", type=float, default=1e-3)
+    parser.add_argument("--text-steps", type=int, default=300)
+    parser.add_argument("--text-rate", type=float, default=8e-4)
+    parser.add_argument("--align-steps", type=int, default=300)
+    parser.add_argument("--joint-steps", type=int, default=2400)
+    parser.add_argument("--joint-rate", type=float, default=8e-4)
+    parser.add_argument("--joint-minutes", type=float, default=60.0)
+    parser.add_argument("--tokens", type=int, default=7000)
     args = parser.parse_args()
+    wanted = ("pool", "vision", "copy", "text", "align", "joint") if args.stage == "all" else (args.stage,)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.stage == "pool":
+    if "pool" in wanted:
         draw_pool(args.work)
-    if args.stage == "vision":
+    if "vision" in wanted:
         train_vision(
             args.work, args.vision_steps, args.vision_batch, args.vision_rate, args.threads
         )
-    if args.stage == "copy":
+    if "copy" in wanted:
         train_copy(args.work, args.copy_steps, args.copy_rows, args.copy_rate, args.threads)
+    if "text" in wanted:
+        train_text(args.work, args.text_steps, args.text_rate, args.threads, args.tokens // 2)
+    if "align" in wanted:
+        align_vision(args.work, args.align_steps, args.vision_batch, 4e-4, args.threads)
+    if "joint" in wanted:
+        train_joint(
+            args.work,
+            args.joint_steps,
+            args.joint_rate,
+            args.threads,
+            args.tokens,
+            args.joint_minutes,
+        )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ MAX_PICTURES = len(LETTERS)
 """The most pictures in a prompt: every letter occurs once at most."""
 
 ADJECTIVES: tuple[str, ...] = (
-    "old", "new", "big", "small", "wooden", "heavy", "broken", "round", "cheap", "clean",
+    "long", "new", "big", "small", "wooden", "heavy", "broken", "round", "cheap", "clean",
 )  # fmt: skip
 NOUNS: tuple[str, ...] = (
     "box", "door", "key", "bag", "car", "cup", "lamp", "chair", "boat", "clock", "safe", "train",
@@ -361,6 +361,8 @@ def make_prompt(
         if captions:
             caption_parts.add(len(parts))
             parts.append(f" {picture.colour} {picture.shape} {picture.letter}")
+        # The number stands after the picture too: what comes later can look back at the picture.
+        parts.append(f" ({i + 1})")
     if slots[n_pictures]:
         parts.append("\n" + " ".join(slots[n_pictures]))
     parts.append("\n")
