@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 1
+#define KVMERGE_API_VERSION 2
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -77,6 +77,23 @@ enum kvmerge_score {
     KVMERGE_SCORE_ALL      = 2, // attention from every query of the prompt (H2O)
 };
 
+// allocate: how many cells each layer gets; the mean over the layers is what was asked for
+enum kvmerge_allocate {
+    KVMERGE_ALLOCATE_UNIFORM = 0, // the same
+    KVMERGE_ALLOCATE_PYRAMID = 1, // falling linearly with depth (PyramidKV)
+    KVMERGE_ALLOCATE_COVER   = 2, // as many as cover a share `cover` of each modality's attention (MadaKV)
+    KVMERGE_ALLOCATE_ENTROPY = 3, // by the entropy of the attention between modalities (MEDA)
+};
+
+// select: which tokens survive
+enum kvmerge_select {
+    KVMERGE_SELECT_TOP      = 0, // the highest scores
+    KVMERGE_SELECT_TEXT     = 1, // text before everything else, then the highest scores (LOOK-M)
+    KVMERGE_SELECT_MODALITY = 2, // the budget is split by the attention each modality gets (MadaKV)
+    KVMERGE_SELECT_MOSAIC   = 3, // part by score, part as groups that cover every picture (mosaic)
+    KVMERGE_SELECT_RUNS     = 4, // runs of similar neighbours become one token (KVMerger)
+};
+
 // match: into which pivots an evicted token may fold
 enum kvmerge_match {
     KVMERGE_MATCH_NONE     = 0, // none: evicted tokens are dropped
@@ -86,10 +103,28 @@ enum kvmerge_match {
     KVMERGE_MATCH_SEGMENT  = 4, // an unprotected pivot of the same segment: one picture never folds into another
 };
 
+// fold: the weights in the mean of a group
+enum kvmerge_fold {
+    KVMERGE_FOLD_MEAN     = 0, // equal (times the mass, when cells were merged before)
+    KVMERGE_FOLD_PIVOT    = 1, // each member counts half, the pivot the rest (LOOK-M)
+    KVMERGE_FOLD_WEIGHTED = 2, // members by their similarity to the pivot (LOOK-M)
+    KVMERGE_FOLD_EXP      = 3, // members by exp(similarity - 1) (D2O)
+    KVMERGE_FOLD_GAUSSIAN = 4, // members by a Gaussian of their distance to the pivot (KVMerger)
+};
+
 // bias: what is added to a pivot's attention logit so that it weighs what it stands for
 enum kvmerge_bias {
     KVMERGE_BIAS_NONE  = 0,
     KVMERGE_BIAS_COUNT = 1, // log of the number of tokens that the pivot stands for
+    KVMERGE_BIAS_MASS  = 2, // log of the ratio of attention, group to pivot, that the proxies give
+    KVMERGE_BIAS_FIT   = 3, // mean over the proxies of log(sum of exp(logits of the group)) - logit of the new key
+};
+
+// residual: where tokens go that found no pivot
+enum kvmerge_residual {
+    KVMERGE_RESIDUAL_NONE    = 0, // they are dropped
+    KVMERGE_RESIDUAL_SEGMENT = 1, // into one cell a picture, clip or run of text
+    KVMERGE_RESIDUAL_ALL     = 2, // into one cell for all
 };
 
 // A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact.
@@ -98,16 +133,31 @@ struct kvmerge_params {
     uint32_t size;           // sizeof(struct kvmerge_params)
 
     int32_t  score;          // enum kvmerge_score
+    int32_t  allocate;       // enum kvmerge_allocate
+    int32_t  select;         // enum kvmerge_select
     int32_t  match;          // enum kvmerge_match
+    int32_t  fold;           // enum kvmerge_fold
     int32_t  bias;           // enum kvmerge_bias
+    int32_t  residual;       // enum kvmerge_residual
     bool     move_keys;      // true: a pivot's key becomes the mean of its group; false: it stays as it is
+    bool     pool_max;       // true: scores are pooled by their maximum; false: by their mean
+    bool     value_norm;     // scores are multiplied with the norm of the value
 
-    int32_t  n_window;       // proxy window: queries that score, tokens that are kept          [1, 256]
-    int32_t  n_sink;         // first tokens of a sequence, always kept                          [0, 256]
+    int32_t  n_window;       // proxy window: queries that score, tokens that are kept             [1, 256]
+    int32_t  n_sink;         // first tokens of a sequence, always kept                             [0, 256]
     int32_t  n_flow_rows;    // query rows sampled per modality to estimate the flow; as many as the
-                             // prompt has tokens makes it exact                                [1, 65536]
-    float    theta;          // flow at which a layer may fold across modalities (FlowMM table 3)  [0, 1]
-    float    tau;            // pivots above this quantile of the pivots' importance are protected [0, 1]; 1 = none
+                             // prompt has tokens makes it exact                                   [1, 65536]
+    int32_t  n_pool;         // neighbours over which scores are pooled, odd; 1: no pooling         [1, 63]
+    int32_t  n_floor;        // cells that every picture keeps at least (mosaic)                    [0, 1024]
+    int32_t  n_member;       // tokens that a pivot may receive; 0: any number                      [0, 65536]
+    float    theta;          // flow at which a layer may fold across modalities (FlowMM table 3)     [0, 1]
+    float    tau;            // pivots above this quantile of the pivots' importance are protected    [0, 1]; 1 = none
+    float    recent;         // share of the budget that goes to the last tokens (H2O, LOOK-M)        [0, 1]
+    float    cover;          // share of attention to cover (MadaKV's theta)                          [0, 1]
+    float    similarity;     // cosine below which nothing is folded                                 [-1, 1]; -1 = none
+    float    pivots;         // share of a picture's cells that go by score, not to groups (mosaic)   [0, 1]
+    float    text;           // share of the budget that text may take when it does not fit (mosaic)  [0, 1]
+    float    text_pivots;    // share of the cells of text that go by score, not to groups (mosaic)    [0, 1]
 };
 
 // figures of the last merge of an engine
@@ -115,12 +165,13 @@ struct kvmerge_stats {
     int32_t n_merges;        // merges of this engine so far
     int32_t n_tokens;        // tokens that the cells of the sequence stand for
     int32_t n_cells_before;  // cells of the sequence before the last merge
-    int32_t n_cells_after;   // cells after it
+    int32_t n_cells_after;   // cells after it (of the layer that has most)
     int32_t n_layers;        // layers whose cache is merged
     int32_t n_heads;         // KV heads of a layer (the largest, where layers differ)
     int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
+    int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
     int64_t t_score_us;      // time of the last merge: reading scores and flow,
-    int64_t t_match_us;      //   nearest pivots,
+    int64_t t_match_us;      //   selecting and matching,
     int64_t t_fold_us;       //   folding and compacting,
     int64_t t_total_us;      //   and all of it
 };

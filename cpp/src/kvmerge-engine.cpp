@@ -1,10 +1,14 @@
 #include "kvmerge-engine.h"
 
+#include "kvmerge-allocate.h"
 #include "kvmerge-error.h"
 #include "kvmerge-fold.h"
 #include "kvmerge-match.h"
+#include "kvmerge-mosaic.h"
+#include "kvmerge-pool.h"
 #include "kvmerge-score.h"
 #include "kvmerge-select.h"
+#include "kvmerge-weigh.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -54,14 +58,27 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         const char * name;
         double value, min, max;
     } ranges[] = {
-        { "score",       (double) params.score,       KVMERGE_SCORE_PROXY, KVMERGE_SCORE_POSITION },
-        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,  KVMERGE_MATCH_SEGMENT  },
-        { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,   KVMERGE_BIAS_COUNT     },
-        { "n_window",    (double) params.n_window,    1,                   256                    },
-        { "n_sink",      (double) params.n_sink,      0,                   256                    },
-        { "n_flow_rows", (double) params.n_flow_rows, 1,                   65536                  },
-        { "theta",       params.theta,                0,                   1                      },
-        { "tau",         params.tau,                  0,                   1                      },
+        { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_POSITION   },
+        { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_ENTROPY },
+        { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
+        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
+        { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_GAUSSIAN    },
+        { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
+        { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },
+        { "n_window",    (double) params.n_window,    1,                        256                      },
+        { "n_sink",      (double) params.n_sink,      0,                        256                      },
+        { "n_flow_rows", (double) params.n_flow_rows, 1,                        65536                    },
+        { "n_pool",      (double) params.n_pool,      1,                        63                       },
+        { "n_floor",     (double) params.n_floor,     0,                        1024                     },
+        { "n_member",    (double) params.n_member,    0,                        65536                    },
+        { "theta",       params.theta,                0,                        1                        },
+        { "tau",         params.tau,                  0,                        1                        },
+        { "recent",      params.recent,               0,                        1                        },
+        { "cover",       params.cover,                0,                        1                        },
+        { "similarity",  params.similarity,           -1,                       1                        },
+        { "pivots",      params.pivots,               0,                        1                        },
+        { "text",        params.text,                 0,                        1                        },
+        { "text_pivots", params.text_pivots,          0,                        1                        },
     };
 
     for (const auto & range : ranges) {
@@ -242,7 +259,9 @@ kvmerge_status kvmerge_engine::init_layers() {
 
     stats.n_layers       = layers.size();
     stats.n_heads        = n_head_kv_max();
-    stats.bytes_per_cell = bytes_per_cell();
+    for (const auto & layer : layers) {
+        stats.bytes_per_cell += bytes_per_cell(layer);
+    }
 
     return KVMERGE_OK;
 }
@@ -297,7 +316,7 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & s = sequences[ubatch.seq_id[i][0]];
 
-        const uint8_t m = media.is_open ? media.modality : ubatch.token ? KVMERGE_TEXT : KVMERGE_IMAGE;
+        const uint8_t m = media.is_open ? media.modality : (uint8_t) (ubatch.token ? KVMERGE_TEXT : KVMERGE_IMAGE);
 
         if (s.segment < 0 || m != s.modality || (media.is_open && media.is_new)) {
             s.segment++;
@@ -435,13 +454,8 @@ size_t kvmerge_engine::n_head_kv_max() const {
     return res;
 }
 
-size_t kvmerge_engine::bytes_per_cell() const {
-    size_t res = 0;
-    for (const auto & layer : layers) {
-        res += ggml_row_size(layer.k->type, layer.k->ne[0]) + ggml_row_size(layer.v->type, layer.v->ne[0]);
-    }
-
-    return res;
+size_t kvmerge_engine::bytes_per_cell(const kvmerge_layer & layer) {
+    return ggml_row_size(layer.k->type, layer.k->ne[0]) + ggml_row_size(layer.v->type, layer.v->ne[0]);
 }
 
 std::vector<uint32_t> kvmerge_engine::sequence_cells(llama_seq_id seq_id) const {
@@ -569,14 +583,55 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
 
     const int64_t t_score = ggml_time_us();
 
+    // allocate
+    for (auto & layer_plans : plans_new) {
+        for (auto & plan : layer_plans) {
+            kvmerge_pool(plan, params);
+        }
+    }
+
+    const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, params);
+
+    size_t n_after = 0; // cells of the layer that keeps most
+
+    const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 || params.fold >= KVMERGE_FOLD_WEIGHTED;
+
     // select and match
     for (size_t l = 0; l < layers.size(); ++l) {
-        for (auto & plan : plans_new[l]) {
-            kvmerge_select(plan, n_cells, params);
+        auto & layer_plans = plans_new[l];
+        bool   ok          = true;
+
+        if (params.select == KVMERGE_SELECT_MOSAIC) {
+            ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
+        } else if (params.select == KVMERGE_SELECT_RUNS) {
+            ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
+        } else {
+            for (auto & plan : layer_plans) {
+                kvmerge_select(plan, budgets[l], params);
+            }
+            ok = kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, layer_plans);
         }
 
-        if (!kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, plans_new[l]) || !graph.run()) {
+        ok = ok && graph.run();
+
+        if (ok && needs_similarity) {
+            ok = kvmerge_similarity_layer(graph, layers[l], cells, layer_plans) && graph.run();
+        }
+        if (!ok) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
+        }
+
+        for (auto & plan : layer_plans) {
+            kvmerge_limit         (plan, params);
+            kvmerge_residual_cells(plan, budgets[l], params);
+            kvmerge_select_finish (plan);
+            kvmerge_weigh         (plan, params);
+            kvmerge_fit_bias      (plan, params);
+
+            plan.logits.clear();
+            plan.logits.shrink_to_fit();
+
+            n_after = std::max(n_after, plan.kept.size());
         }
     }
 
@@ -584,7 +639,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
 
     // fold: from here on the cache changes
     for (size_t l = 0; l < layers.size(); ++l) {
-        if (!kvmerge_fold_layer(graph, *this, layers[l], cells, plans_new[l]) || !graph.run()) {
+        if (!kvmerge_fold_layer(graph, *this, layers[l], cells, plans_new[l], n_after) || !graph.run()) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to fold layer %d: clear sequence %d", layers[l].il, seq_id);
         }
     }
@@ -592,20 +647,24 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
     plans = std::move(plans_new);
     flows = std::move(flows_new);
 
-    compact(seq_id, cells, n_cells);
+    compact(seq_id, cells, n_after);
 
     const int64_t t_end = ggml_time_us();
 
     stats.n_merges++;
     stats.n_tokens       = sequences[seq_id].n_seen;
     stats.n_cells_before = cells.size();
-    stats.n_cells_after  = n_cells;
+    stats.n_cells_after  = n_after;
+    stats.bytes_after    = 0;
+    for (size_t l = 0; l < layers.size(); ++l) {
+        stats.bytes_after += budgets[l]*bytes_per_cell(layers[l]);
+    }
     stats.t_score_us     = t_score - t_start;
     stats.t_match_us     = t_match - t_score;
     stats.t_fold_us      = t_end   - t_match;
     stats.t_total_us     = t_end   - t_start;
 
-    LLAMA_LOG_INFO("%s: sequence %d: %zu -> %d cells in %.1f ms\n", __func__, seq_id, cells.size(), n_cells, stats.t_total_us/1000.0);
+    LLAMA_LOG_INFO("%s: sequence %d: %zu -> %zu cells in %.1f ms\n", __func__, seq_id, cells.size(), n_after, stats.t_total_us/1000.0);
 
     return KVMERGE_OK;
 }
@@ -624,27 +683,40 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
             }
 
             auto & dst = merged[l][h];
-            if (dst.size() < is_merged.size()) {
-                dst.resize(cells[n_cells - 1] >= dst.size() ? cells[n_cells - 1] + 1 : dst.size());
-            }
+            dst.resize(std::max<size_t>(dst.size(), *std::max_element(cells.begin(), cells.end()) + 1));
 
-            for (int32_t c = 0; c < n_cells; ++c) {
+            // a layer that keeps fewer cells than the others keeps them at the end: nothing is seen in front of them
+            const int32_t offset = n_cells - plan.kept.size();
+
+            for (int32_t c = 0; c < offset; ++c) {
+                dst[cells[c]] = {};
+                dst[cells[c]].mass = 0;
+                dst[cells[c]].bias = -INFINITY;
+            }
+            for (size_t c = 0; c < plan.kept.size(); ++c) {
                 auto cur = plan.cells[plan.kept[c]];
 
                 cur.mass = mass[plan.kept[c]];
-                cur.bias = params.bias == KVMERGE_BIAS_COUNT ? logf(cur.mass) : 0.0f;
+                cur.bias = plan.bias[c];
 
-                dst[cells[c]] = cur;
+                dst[cells[offset + c]] = cur;
             }
         }
     }
 
     // The table of cells is shared by all layers and heads. A merged cell takes position and order from the pivot of the
-    // first layer and head: only their sequence matters, all of it lies in the past of the tokens to come.
+    // widest plan: only their sequence matters, all of it lies in the past of the tokens to come.
     // The last n_window tokens are the same everywhere, so that they can still be removed one by one.
     auto & table = const_cast<llama_kv_cache &>(cache).v_cells[0];
 
-    const auto & kept = plans[0][0].kept;
+    const kvmerge_plan * widest = &plans[0][0];
+    for (const auto & layer_plans : plans) {
+        for (const auto & plan : layer_plans) {
+            widest = plan.kept.size() > widest->kept.size() ? &plan : widest;
+        }
+    }
+
+    const auto & kept = widest->kept;
 
     std::vector<llama_pos>         pos(n_cells);
     std::vector<llama_kv_cell_ext> ext(n_cells);
@@ -661,7 +733,6 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
         is_merged[idx] = 0;
     }
 
-    bool any_bias = has_bias;
 
     for (int32_t c = 0; c < n_cells; ++c) {
         table.pos_set(cells[c], pos[c]);
@@ -672,19 +743,22 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
         is_merged[cells[c]] = 1;
     }
 
-    any_bias = any_bias || params.bias != KVMERGE_BIAS_NONE;
-
     sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(params.n_window, n_cells))];
 
     const_cast<llama_kv_cache &>(cache).v_heads[0] = table.used_max_p1();
 
-    if (any_bias) {
+    for (const auto & layer : merged) {
+        for (const auto & head : layer) {
+            for (int32_t c = 0; c < n_cells; ++c) {
+                has_bias = has_bias || head[cells[c]].bias != 0.0f;
+            }
+        }
+    }
+
+    if (has_bias) {
         for (size_t l = 0; l < layers.size(); ++l) {
             upload_bias(l);
         }
-    }
-    if (any_bias != has_bias) {
-        has_bias = any_bias;
     }
 
     version++;

@@ -84,7 +84,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     const kvmerge_cell & cell(uint32_t idx, size_t layer, int32_t head) const;
 
     size_t n_head_kv_max() const;
-    size_t bytes_per_cell() const;
+
+    // K and V bytes of one cell of a layer
+    static size_t bytes_per_cell(const kvmerge_layer & layer);
 
     const llama_kv_cache & cache;
     llama_context        * lctx;

@@ -23,12 +23,15 @@ struct fold_rows {
 
 } // namespace
 
-static std::vector<fold_group> make_groups(const kvmerge_plan & plan, bool move) {
+static std::vector<fold_group> make_groups(const kvmerge_plan & plan, int32_t n_cells, bool move) {
+    // a layer that keeps fewer cells than the others keeps them at the end
+    const int32_t offset = n_cells - plan.kept.size();
+
     std::vector<int32_t> group_of(plan.cells.size(), -1);
 
     std::vector<fold_group> groups(plan.kept.size());
     for (size_t c = 0; c < plan.kept.size(); ++c) {
-        groups[c].cell = c;
+        groups[c].cell = offset + c;
         group_of[plan.kept[c]] = c;
     }
 
@@ -39,18 +42,11 @@ static std::vector<fold_group> make_groups(const kvmerge_plan & plan, bool move)
             auto & group = groups[group_of[plan.target[i]]];
 
             group.member.push_back(i);
-            group.weight.push_back(plan.cells[i].mass);
+            group.weight.push_back(move ? plan.weight[i] : 1.0f);
         }
     }
 
     for (auto & group : groups) {
-        float sum = 0;
-        for (float w : group.weight) {
-            sum += w;
-        }
-        for (float & w : group.weight) {
-            w = group.weight.size() == 1 ? 1.0f : w/sum;
-        }
         while ((1u << group.level) < group.member.size()) {
             group.level++;
         }
@@ -179,14 +175,15 @@ bool kvmerge_fold_layer(
         const kvmerge_engine            & engine,
         const kvmerge_layer             & layer,
         const std::vector<uint32_t>     & cells,
-        const std::vector<kvmerge_plan> & plans) {
+        const std::vector<kvmerge_plan> & plans,
+              int32_t                     n_cells) {
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
         if (graph.is_full() && !graph.run()) {
             return false;
         }
 
-        const auto rows_k = make_rows(make_groups(plans[h], engine.params.move_keys));
-        const auto rows_v = make_rows(make_groups(plans[h], true));
+        const auto rows_k = make_rows(make_groups(plans[h], n_cells, engine.params.move_keys));
+        const auto rows_v = make_rows(make_groups(plans[h], n_cells, true));
 
         build_fold(graph, layer.k, layer.n_embd_head_k, h, false,          cells, rows_k);
         build_fold(graph, layer.v, layer.n_embd_head_v, h, engine.v_trans, cells, rows_v);

@@ -15,17 +15,30 @@
 struct kvmerge_cell {
     int32_t order    = -1; // index of the token in its sequence, counted from 0
     int32_t segment  = 0;  // picture, clip or run of text that it belongs to
-    float   mass     = 1;  // number of tokens that it stands for
+    float   mass     = 1;  // number of tokens that it stands for, 0: the layer holds nothing here
     float   bias     = 0;  // what is added to its attention logit
     uint8_t modality = KVMERGE_TEXT;
 };
 
 struct kvmerge_plan {
     std::vector<kvmerge_cell> cells;  // [n] what was there, in the order of the cells
-    std::vector<float>        score;  // [n] importance
-    std::vector<uint8_t>      fate;   // [n] enum kvmerge_fate
-    std::vector<int32_t>      kept;   // [B] indices of the pivots, ascending
-    std::vector<int32_t>      target; // [n] index of the pivot that the cell goes into, -1: dropped
+
+    // score
+    std::vector<float> score;         // [n] importance
+    std::vector<float> value_norm;    // [n] norms of the values, empty unless asked for
+    std::vector<float> logits;        // [n_queries][n] attention logits of the proxies, empty unless asked for
+
+    // select
+    std::vector<uint8_t> fate;        // [n] enum kvmerge_fate
+    std::vector<int32_t> kept;        // [B] indices of the pivots, ascending
+
+    // match
+    std::vector<int32_t> target;      // [n] index of the pivot that the cell goes into, -1: dropped
+    std::vector<float>   similarity;  // [n] cosine of its key to the pivot's, empty unless asked for
+
+    // fold
+    std::vector<float> weight;        // [n] weight in the mean of its group, adding up to 1 over the group
+    std::vector<float> bias;          // [B] of the pivots
 };
 
 // Cross-modal flow of one layer (FlowMM eq. 6-7), as shares of all attention.

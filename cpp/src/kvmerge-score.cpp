@@ -33,14 +33,13 @@ static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & lay
     return ggml_reshape_3d(ctx, k, layer.n_embd_head_k, n, n_heads);
 }
 
-// attention of the queries in `slots` over the cells, for n_heads KV heads from `head` on: [n, rows, n_group, n_heads]
-static ggml_tensor * build_attention(
+// attention logits of the queries in `slots` over the cells, without bias and mask, for n_heads KV heads from `head` on:
+// [n, rows, n_group*n_heads]
+static ggml_tensor * build_logits(
         kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
-        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
-        const std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
+        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
 
-    const int64_t n       = cells.size();
     const int64_t n_rows  = slots.size();
     const int64_t n_group = layer.n_head/layer.n_head_kv;
     const int64_t d       = layer.n_embd_head_k;
@@ -53,15 +52,25 @@ static ggml_tensor * build_attention(
     ggml_tensor * kq = ggml_mul_mat(ctx, k, q);                                          // [n, rows, n_group*n_heads]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
 
-    float scale = layer.kq_scale;
-
     if (engine.logit_softcap > 0.0f) {
-        kq = ggml_scale(ctx, kq, scale/engine.logit_softcap);
+        kq = ggml_scale(ctx, kq, layer.kq_scale/engine.logit_softcap);
         kq = ggml_tanh (ctx, kq);
-        kq = ggml_scale(ctx, kq, engine.logit_softcap);
 
-        scale = 1.0f;
+        return ggml_scale(ctx, kq, engine.logit_softcap);
     }
+
+    return ggml_scale(ctx, kq, layer.kq_scale);
+}
+
+// attention weights from the logits: [n, rows, n_group, n_heads]
+static ggml_tensor * build_attention(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer, ggml_tensor * kq,
+        const std::vector<int32_t> & slots, const std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t n       = kq->ne[0];
+    const int64_t n_rows  = slots.size();
+    const int64_t n_group = layer.n_head/layer.n_head_kv;
 
     if (engine.has_bias) {
         std::vector<float> bias(n*n_heads);
@@ -71,12 +80,9 @@ static ggml_tensor * build_attention(
             }
         }
 
-        kq = ggml_scale(ctx, kq, scale);
         kq = ggml_reshape_4d(ctx, kq, n, n_rows, n_group, n_heads);
-        kq = ggml_add  (ctx, kq, graph.input(GGML_TYPE_F32, { n, 1, 1, n_heads }, bias.data()));
+        kq = ggml_add       (ctx, kq, graph.input(GGML_TYPE_F32, { n, 1, 1, n_heads }, bias.data()));
         kq = ggml_reshape_3d(ctx, kq, n, n_rows, n_group*n_heads);
-
-        scale = 1.0f;
     }
 
     // a query sees the cells up to its own token
@@ -89,7 +95,7 @@ static ggml_tensor * build_attention(
         }
     }
 
-    kq = ggml_soft_max_ext(ctx, kq, graph.input(GGML_TYPE_F32, { n, n_rows }, mask.data()), scale, 0.0f);
+    kq = ggml_soft_max_ext(ctx, kq, graph.input(GGML_TYPE_F32, { n, n_rows }, mask.data()), 1.0f, 0.0f);
 
     if (layer.sinks) {
         ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, layer.sinks, n_group*n_heads, head*n_group*layer.sinks->nb[0]));
@@ -107,7 +113,20 @@ static void build_importance(
 
     const int64_t n = cells.size();
 
-    ggml_tensor * a = build_attention(graph, engine, layer, slots, cells, plans, head, n_heads);
+    ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
+
+    if (engine.params.bias == KVMERGE_BIAS_FIT) {
+        const size_t n_logits = n*slots.size()*(layer.n_head/layer.n_head_kv);
+
+        graph.output(kq, [&plans, n_logits, head, n_heads](const std::vector<uint8_t> & bytes) {
+            const float * logits = reinterpret_cast<const float *>(bytes.data());
+            for (int32_t h = 0; h < n_heads; ++h) {
+                plans[head + h].logits.assign(logits + h*n_logits, logits + (h + 1)*n_logits);
+            }
+        });
+    }
+
+    ggml_tensor * a = build_attention(graph, engine, layer, kq, slots, plans, head, n_heads);
 
     a = ggml_reshape_3d(ctx, a, n, a->ne[1]*a->ne[2], n_heads);                          // [n, rows*n_group, n_heads]
     a = ggml_cont(ctx, ggml_permute(ctx, a, 1, 0, 2, 3));                                // [rows*n_group, n, n_heads]
@@ -122,6 +141,44 @@ static void build_importance(
     });
 }
 
+// norms of the values of one KV head
+static void build_value_norm(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
+        const std::vector<uint32_t> & cells, kvmerge_plan & plan, int32_t head) {
+    ggml_context * ctx = graph.ctx();
+
+    const int64_t d       = layer.n_embd_head_v;
+    const int64_t kv_size = layer.v->ne[1];
+    const int64_t n_heads = layer.v->ne[0]/d;
+
+    std::vector<int32_t> rows;
+    ggml_tensor * v;
+
+    if (engine.v_trans) {
+        const uint32_t n_used = *std::max_element(cells.begin(), cells.end()) + 1;
+        const size_t   size   = ggml_type_size(layer.v->type);
+
+        v = ggml_view_2d(ctx, layer.v, n_used, d, kv_size*size, head*d*kv_size*size);
+        v = ggml_cont(ctx, ggml_transpose(ctx, v));                                      // [d, n_used]
+
+        rows.assign(cells.begin(), cells.end());
+    } else {
+        v = ggml_reshape_2d(ctx, layer.v, d, n_heads*kv_size);
+
+        for (uint32_t idx : cells) {
+            rows.push_back((int32_t) (idx*n_heads + head));
+        }
+    }
+
+    v = ggml_get_rows(ctx, v, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
+    v = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v)));                            // [1, n]
+
+    graph.output(v, [&plan](const std::vector<uint8_t> & bytes) {
+        const float * norm = reinterpret_cast<const float *>(bytes.data());
+        plan.value_norm.assign(norm, norm + bytes.size()/sizeof(float));
+    });
+}
+
 // share of attention that crosses modalities (FlowMM eq. 6-7), from sampled queries, each weighted with the number of
 // tokens of its modality that it stands for
 static void build_flow(
@@ -133,7 +190,8 @@ static void build_flow(
     const int64_t n      = cells.size();
     const int64_t n_rows = slots.size();
 
-    ggml_tensor * a = build_attention(graph, engine, layer, slots, cells, plans, head, n_heads);
+    ggml_tensor * a = build_logits(graph, engine, layer, slots, cells, head, n_heads);
+    a = build_attention(graph, engine, layer, a, slots, plans, head, n_heads);
 
     // 1 where query and cell differ in modality
     std::vector<float> crosses(n*n_rows*n_heads);
@@ -206,6 +264,15 @@ bool kvmerge_score_layer(
             return false;
         }
         build_importance(graph, engine, layer, window, cells, plans, h, std::min(step, layer.n_head_kv - h));
+    }
+
+    if (engine.params.value_norm) {
+        for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+            if (graph.is_full() && !graph.run()) {
+                return false;
+            }
+            build_value_norm(graph, engine, layer, cells, plans[h], h);
+        }
     }
 
     int n_present = 0;

@@ -4,8 +4,16 @@
 
 #include "kvmerge-plan.h"
 
-// Fills kept, and fate with KVMERGE_KEPT, KVMERGE_PROTECTED or KVMERGE_DROPPED.
+// The cells that are kept whatever the scores say: the last min(n_window, n_cells), protected, and the first n_sink.
+// Sets fate; returns how many.
+int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
+
+// Indices of the cells that are neither forced nor empty, the highest score first; ties go to the earlier cell.
+std::vector<int32_t> kvmerge_select_ranking(const kvmerge_plan & plan);
+
+// Fills kept from fate.
+void kvmerge_select_finish(kvmerge_plan & plan);
+
+// KVMERGE_SELECT_TOP, _TEXT and _MODALITY: fills kept, and fate with KVMERGE_KEPT, _PROTECTED or _DROPPED.
 //   n_cells  cells to keep, [1, n]
-// The last min(n_window, n_cells) cells are kept and protected, then the first n_sink are kept, then the highest
-// scores; ties go to the earlier cell.
 void kvmerge_select(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);

@@ -1,0 +1,252 @@
+#include "kvmerge-mosaic.h"
+
+#include "kvmerge-select.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+
+// longer segments are cut, so that the products of a block stay small
+static constexpr size_t MAX_BLOCK = 1024;
+
+namespace {
+
+// tokens of one segment that share n_groups cells
+struct mosaic_block {
+    std::vector<int32_t> member; // indices into the plan
+    int32_t              n_groups = 0;
+    int32_t              n_floor  = 0;
+};
+
+} // namespace
+
+// n_cells over the blocks in proportion to their members, each at least its floor and at most its members
+static void share_cells(std::vector<mosaic_block> & blocks, int32_t n_cells) {
+    int32_t n_left   = n_cells;
+    int64_t n_member = 0;
+
+    for (auto & block : blocks) {
+        block.n_groups = std::min<int32_t>({ block.n_floor, (int32_t) block.member.size(), n_left });
+        n_left   -= block.n_groups;
+        n_member += block.member.size();
+    }
+
+    // largest remainders of what is above the floor
+    std::vector<double> want(blocks.size());
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        want[b] = n_member > 0 ? (double) n_cells*blocks[b].member.size()/n_member - blocks[b].n_groups : 0;
+    }
+
+    while (n_left > 0) {
+        int32_t best = -1;
+        for (size_t b = 0; b < blocks.size(); ++b) {
+            if ((size_t) blocks[b].n_groups < blocks[b].member.size() && (best < 0 || want[b] > want[best])) {
+                best = b;
+            }
+        }
+        if (best < 0) {
+            break;
+        }
+
+        blocks[best].n_groups++;
+        want[best] -= 1;
+        n_left--;
+    }
+}
+
+// text or media tokens that are not forced, cut into blocks by segment
+static std::vector<mosaic_block> make_blocks(const kvmerge_plan & plan, bool text, int32_t n_floor) {
+    std::map<int32_t, mosaic_block> segments;
+
+    for (size_t i = 0; i < plan.cells.size(); ++i) {
+        const auto & cell = plan.cells[i];
+
+        if (plan.fate[i] == KVMERGE_DROPPED && cell.mass > 0 && (cell.modality == KVMERGE_TEXT) == text) {
+            segments[cell.segment].member.push_back(i);
+        }
+    }
+
+    std::vector<mosaic_block> res;
+
+    for (auto & [segment, whole] : segments) {
+        const size_t n_blocks = (whole.member.size() + MAX_BLOCK - 1)/MAX_BLOCK;
+
+        for (size_t b = 0; b < n_blocks; ++b) {
+            mosaic_block block;
+            block.member.assign(
+                    whole.member.begin() + b*whole.member.size()/n_blocks, whole.member.begin() + (b + 1)*whole.member.size()/n_blocks);
+            block.n_floor = b == 0 ? n_floor : 0;
+            res.push_back(std::move(block));
+        }
+    }
+
+    return res;
+}
+
+// the n highest scores among the members of the blocks stay as they are
+static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks, int32_t n) {
+    std::vector<int32_t> all;
+    for (const auto & block : blocks) {
+        all.insert(all.end(), block.member.begin(), block.member.end());
+    }
+    std::stable_sort(all.begin(), all.end(), [&](int32_t a, int32_t b) { return plan.score[a] > plan.score[b]; });
+
+    for (int32_t i = 0; i < std::min<int32_t>(n, all.size()); ++i) {
+        plan.fate[all[i]] = KVMERGE_PROTECTED;
+    }
+
+    for (auto & block : blocks) {
+        auto & member = block.member;
+        member.erase(std::remove_if(member.begin(), member.end(), [&](int32_t i) { return plan.fate[i] != KVMERGE_DROPPED; }), member.end());
+    }
+}
+
+// farthest-point seeds, starting from the highest score; then every member goes to its nearest seed
+//   product  [n][n] inner products of the members' keys
+static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const float * product) {
+    const int32_t n = block.member.size();
+
+    const auto distance = [&](int32_t a, int32_t b) { return product[a*n + a] + product[b*n + b] - 2*product[a*n + b]; };
+
+    std::vector<float>   nearest(n, std::numeric_limits<float>::infinity());
+    std::vector<int32_t> seed_of(n, -1);
+
+    int32_t seed = 0;
+    for (int32_t i = 1; i < n; ++i) {
+        if (plan.score[block.member[i]] > plan.score[block.member[seed]]) {
+            seed = i;
+        }
+    }
+
+    for (int32_t g = 0; g < block.n_groups; ++g) {
+        for (int32_t i = 0; i < n; ++i) {
+            const float d = i == seed ? -1.0f : distance(i, seed);
+
+            if (d < nearest[i]) {
+                nearest[i] = d;
+                seed_of[i] = seed;
+            }
+        }
+
+        plan.fate[block.member[seed]] = KVMERGE_KEPT;
+
+        seed = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
+    }
+
+    for (int32_t i = 0; i < n; ++i) {
+        plan.target[block.member[i]] = block.member[seed_of[i]];
+
+        if (seed_of[i] != i) {
+            plan.fate[block.member[i]] = KVMERGE_FOLDED;
+        }
+    }
+}
+
+// cells for text: all of it while it fits in its share, else at least twice its proportional share
+static int32_t text_cells(const kvmerge_plan & plan, int32_t n_free, int32_t n_media_floor, float share) {
+    int32_t n_text = 0;
+    int32_t n_all  = 0;
+
+    for (size_t i = 0; i < plan.cells.size(); ++i) {
+        if (plan.fate[i] == KVMERGE_DROPPED && plan.cells[i].mass > 0) {
+            n_all  += 1;
+            n_text += plan.cells[i].modality == KVMERGE_TEXT;
+        }
+    }
+
+    if (n_text == n_all) {
+        return std::min(n_free, n_text);
+    }
+
+    const int32_t fair = 2*(int64_t) n_free*n_text/std::max(1, n_all);
+    const int32_t want = std::min(n_text, std::max(fair, (int32_t) (share*n_free)));
+
+    return std::max(0, std::min(want, n_free - n_media_floor));
+}
+
+bool kvmerge_mosaic_layer(
+              kvmerge_graph         & graph,
+        const kvmerge_engine        & engine,
+        const kvmerge_layer         & layer,
+        const std::vector<uint32_t> & cells,
+        std::vector<kvmerge_plan>   & plans,
+              int32_t                 n_cells) {
+    const auto & params = engine.params;
+
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        auto & plan = plans[h];
+
+        const int32_t n_free = n_cells - kvmerge_select_forced(plan, n_cells, params);
+
+        for (auto & fate : plan.fate) {
+            if (fate == KVMERGE_KEPT) {
+                fate = KVMERGE_PROTECTED; // sinks and recent tokens stay as they are
+            }
+        }
+
+        auto text  = make_blocks(plan, true,  0);
+        auto media = make_blocks(plan, false, params.n_floor);
+
+        int32_t n_media_floor = 0;
+        for (const auto & block : media) {
+            n_media_floor += block.n_floor;
+        }
+
+        const int32_t n_text  = text_cells(plan, n_free, n_media_floor, params.text);
+        const int32_t n_media = n_free - n_text;
+
+        // text by score first: what it loses cannot be averaged back. Half of what does not fit is grouped.
+        const int32_t n_media_groups = std::max<int32_t>(std::min(n_media, n_media_floor), std::lround(n_media*(1.0f - params.pivots)));
+
+        int32_t n_text_members = 0;
+        for (const auto & block : text) {
+            n_text_members += block.member.size();
+        }
+        const int32_t n_text_pivots = n_text >= n_text_members ? n_text : (int32_t) std::lround(n_text*params.text_pivots);
+
+        keep_pivots(plan, media, n_media - n_media_groups);
+        keep_pivots(plan, text,  n_text_pivots);
+
+        share_cells(media, n_media_groups);
+        share_cells(text,  n_text - n_text_pivots);
+
+        plan.target.assign(plan.cells.size(), -1);
+        for (size_t i = 0; i < plan.cells.size(); ++i) {
+            if (plan.fate[i] != KVMERGE_DROPPED) {
+                plan.target[i] = i;
+            }
+        }
+
+        for (auto * blocks : { &text, &media }) {
+            for (auto & block : *blocks) {
+                if (block.n_groups == 0 || block.member.empty()) {
+                    continue;
+                }
+                if (graph.is_full() && !graph.run()) {
+                    return false;
+                }
+
+                std::vector<int32_t> rows;
+                for (int32_t i : block.member) {
+                    rows.push_back((int32_t) cells[i]*layer.n_head_kv + h);
+                }
+
+                ggml_context * ctx = graph.ctx();
+
+                ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
+                k = ggml_get_rows(ctx, k, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
+
+                ggml_tensor * product = ggml_mul_mat(ctx, k, k);                         // [n, n]
+                ggml_prec_set_acc(product, GGML_PREC_F32);
+
+                graph.output(product, [&plan, block](const std::vector<uint8_t> & bytes) {
+                    make_groups(plan, block, reinterpret_cast<const float *>(bytes.data()));
+                });
+            }
+        }
+    }
+
+    return true;
+}

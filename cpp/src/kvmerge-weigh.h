@@ -1,0 +1,20 @@
+#pragma once
+
+// fold, first part: the weight of every cell in the mean of its group, and the bias of the pivot. Pure functions.
+
+#include "kvmerge-plan.h"
+
+// Drops what is not similar enough to its pivot, or too much for it (params.similarity, params.n_member);
+// KVMERGE_FOLD_EXP raises the threshold to the running mean of the similarities (D2O).
+void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params);
+
+// Sends what has no pivot into residual cells: the last of these tokens becomes their pivot. `n_cells` is the budget:
+// the least important unprotected pivots make room.
+void kvmerge_residual_cells(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
+
+// Fills weight.
+void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params);
+
+// Fills bias.
+//   n_queries  rows of plan.logits
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params);
