@@ -8,7 +8,9 @@ import io
 import math
 import pickle
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -381,6 +383,38 @@ def test_interrupted_while_reading(
         answer(llm, prompt.messages(0))
     monkeypatch.undo()
     assert answer(llm, prompt.messages(0)) == expected
+
+
+@pytest.mark.parametrize("merge", [None, "flowmm"])
+def test_interrupted_anywhere(merge: str | None, llama: Factory, prompt: pocket.Prompt) -> None:
+    """Ctrl-C at a dozen moments of a conversation, each followed by the same call again."""
+    messages = [prompt.messages(i, ["", "red", "ring"][:i]) for i in range(3)]
+    expected = [answer(llama(kv_merge=merge), turn, max_tokens=3) for turn in messages]
+    llm = llama(kv_merge=merge, n_batch=64)
+    start = time.perf_counter()
+    found = [answer(llm, turn, max_tokens=3) for turn in messages]
+    seconds = time.perf_counter() - start
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for attempt in range(12):
+            llm.reset()
+            signal.setitimer(signal.ITIMER_REAL, seconds * (attempt + 1) / 12)
+            try:
+                for turn in messages:
+                    answer(llm, turn, max_tokens=3)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if merge is None:
+                assert answer(llm, messages[attempt % 3], max_tokens=3) == expected[attempt % 3]
+            else:
+                llm.reset()
+                assert [answer(llm, turn, max_tokens=3) for turn in messages] == found
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 2
 
 
 @pytest.mark.parametrize("merge", [None, "flowmm"])

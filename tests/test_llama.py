@@ -163,7 +163,7 @@ def test_text_chats_merge(llama: Factory) -> None:
 def test_context_that_is_rounded_up(llama: Factory) -> None:
     llm = llama(mmproj=None, n_ctx=100, logits_all=True)
     assert llm.n_ctx() > 100
-    llm.create_completion("The old box and " * 20, max_tokens=20, temperature=0.0)
+    llm.eval(llm.tokenize(TEXT.encode()) * 3)
     assert llm.kv_stats().tokens > 100
 
 

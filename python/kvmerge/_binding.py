@@ -234,6 +234,8 @@ class Engine:
     @contextmanager
     def media(self, modality: str) -> Iterator[None]:
         """Mark what is decoded inside as one segment of ``"image"`` or ``"audio"``."""
+        # An interrupt may have kept the last one from being ended; if not, this only says so.
+        self._library.kvmerge_media_end(self._engine)
         self._check(self._library.kvmerge_media_begin(self._engine, MODALITIES.index(modality)))
         try:
             yield

@@ -139,7 +139,7 @@ class ChatHandler(MTMDChatHandler):
         low, high = self._image_tokens
         params.image_min_tokens = -1 if low is None else low
         params.image_max_tokens = -1 if high is None else high
-        with suppress_stdout_stderr(disable=self.verbose), caught(llama_cpp, mtmd_cpp) as errors:
+        with suppress_stdout_stderr(disable=self.verbose), caught() as errors:
             context = mtmd_cpp.mtmd_init_from_file(
                 self.clip_model_path.encode(), llama_model.model, params
             )
@@ -256,7 +256,7 @@ class ChatHandler(MTMDChatHandler):
             source.add_special = True
             source.parse_special = True
             array = (mtmd_cpp.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            with caught(llama_cpp, mtmd_cpp) as errors:
+            with caught() as errors:
                 status = mtmd_cpp.mtmd_tokenize(
                     self.mtmd_ctx, chunks, ctypes.byref(source), array, len(bitmaps)
                 )
@@ -308,7 +308,7 @@ class ChatHandler(MTMDChatHandler):
                 f"{llama.context_params.n_ubatch}"
             )
         after = llama_cpp.llama_pos(position)
-        with caught(llama_cpp, mtmd_cpp) as errors:
+        with caught() as errors:
             status = mtmd_cpp.mtmd_helper_eval_chunk_single(
                 self.mtmd_ctx,
                 llama.ctx,

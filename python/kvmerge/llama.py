@@ -198,7 +198,7 @@ class Llama(StockLlama):
             raise
 
     def _load(self, path: Path, options: dict[str, Any]) -> None:
-        with caught(llama_cpp) as errors:
+        with caught() as errors:
             try:
                 super().__init__(os.fspath(path), **options)
             except (ValueError, RuntimeError) as error:
@@ -328,6 +328,9 @@ class Llama(StockLlama):
         }
 
     # Tokens, positions and cells.
+    #
+    # An interrupt may come between any two lines here.  Python's books may then claim less than the
+    # cache holds, which the next _trim() puts right, but never more: hence the order of the lines.
 
     def _position(self, n_tokens: int) -> int:
         """Return the position at which the token after the first `n_tokens` begins."""
@@ -337,28 +340,30 @@ class Llama(StockLlama):
 
     def _trim(self, n_tokens: int) -> bool:
         """Keep the first `n_tokens` tokens; False if that would cut into merged cells."""
-        if not self._ctx.kv_cache_seq_rm(0, self._position(n_tokens), -1):
+        position, seen = self._position(n_tokens), self.n_tokens
+        self.n_tokens = n_tokens
+        if not self._ctx.kv_cache_seq_rm(0, position, -1):
+            self.n_tokens = seen
             return False
         if n_tokens == 0:
             self._merges.clear()
-        self.n_tokens = n_tokens
         self._known = min(self._known, n_tokens)
         self._spans = [span for span in self._spans if span.end <= n_tokens]
         return True
 
     def _clear(self) -> None:
-        self._ctx.kv_cache_clear()
         self.n_tokens = self._known = 0
         self._spans.clear()
         self._merges.clear()
         self._requires_eval = True
+        self._ctx.kv_cache_clear()
 
     def _append(self, ids: Sequence[int], positions: npt.NDArray[np.integer[Any]]) -> None:
         """Note tokens that are now in the cache; `positions` has one more entry, the next."""
         n, end = self.n_tokens, self.n_tokens + len(ids)
         self.input_ids[n:end] = ids
         self._positions[n : end + 1] = positions
-        self.n_tokens = self._known = end
+        self._known = self.n_tokens = end
 
     def reset(self) -> None:
         """Forget what was read."""
@@ -405,10 +410,10 @@ class Llama(StockLlama):
     def _decode(self, batch: Sequence[int]) -> None:
         n, position = self.n_tokens, self._position(self.n_tokens)
         self._batch.set_batch(batch=batch, n_past=position, logits_all=self._logits_all)
+        self._requires_eval = True
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
-            self._requires_eval = True
             raise DecodeError(
                 f"llama.cpp could not read {len(batch)} tokens at position {position}: {error}"
             ) from error
@@ -519,8 +524,9 @@ class Llama(StockLlama):
                 after = media.decode(position)
             positions = np.full(len(segment.ids) + 1, position, np.int32)
             positions[-1] = after
+            span = MediaSpan(n, n + len(segment.ids), media.digest, media.modality)
+            self._spans.append(span)
             self._append(segment.ids, positions)
-            self._spans.append(MediaSpan(n, self.n_tokens, media.digest, media.modality))
 
     def _merge(self) -> None:
         """Merge the cache when it holds more cells than the budget says."""

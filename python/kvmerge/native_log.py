@@ -6,14 +6,16 @@ import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
-_ERROR = 4
+_ERROR, _CONTINUED = 4, 5  # enum ggml_log_level
 _PREFIX = re.compile(r"^(?:[A-Za-z_]\w*(?:::\w+)?:\s+)+")
 
 
 class NativeLog(list[str]):
-    """Warnings and errors in the order in which they came."""
+    """Errors in the order in which they came."""
 
     @property
     def reason(self) -> str:
@@ -22,37 +24,43 @@ class NativeLog(list[str]):
         return "; ".join(dict.fromkeys(line for line in lines if line))
 
 
-@contextmanager
-def caught(llama_cpp: Any, mtmd_cpp: Any = None) -> Iterator[NativeLog]:
-    """Collect errors of llama.cpp (and of libmtmd) and pass everything on to the usual log.
+_open: list[NativeLog] = []
 
-    Parameters
-    ----------
-    llama_cpp : module
-        The imported ``llama_cpp``.
-    mtmd_cpp : module, optional
-        ``llama_cpp.mtmd_cpp``, when its errors are wanted as well.
+
+@lru_cache(maxsize=1)
+def _install() -> Any:
+    """Put a callback in front of that of llama-cpp-python, and return it.
+
+    It stays for the life of the process: a callback that is freed while the library still knows it
+    would crash.
     """
-    usual = llama_cpp._logger.llama_log_callback
-    log = NativeLog()
+    llama_cpp: Any = import_module("llama_cpp")
+    mtmd_cpp: Any = import_module("llama_cpp.mtmd_cpp")
+    usual = import_module("llama_cpp._logger").llama_log_callback
     level_of_last = 0
 
     @llama_cpp.llama_log_callback
     def callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         nonlocal level_of_last
-        # Level 5 continues the line before.
-        level_of_last = level if level != 5 else level_of_last
+        if level != _CONTINUED:
+            level_of_last = level
         if level_of_last == _ERROR and text:
-            log.append(text.decode("utf-8", "replace"))
+            for log in _open:
+                log.append(text.decode("utf-8", "replace"))
         usual(level, text, user_data)
 
-    none = ctypes.c_void_p(0)
-    llama_cpp.llama_log_set(callback, none)
-    if mtmd_cpp is not None:
-        mtmd_cpp.mtmd_helper_log_set(callback, none)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
+    return callback
+
+
+@contextmanager
+def caught() -> Iterator[NativeLog]:
+    """Collect the errors that llama.cpp and libmtmd log inside; they go to the usual log too."""
+    _install()
+    log = NativeLog()
+    _open.append(log)
     try:
         yield log
     finally:
-        llama_cpp.llama_log_set(usual, none)
-        if mtmd_cpp is not None:
-            mtmd_cpp.mtmd_helper_log_set(usual, none)
+        _open[:] = [other for other in _open if other is not log]
