@@ -84,7 +84,7 @@ def test_close_policy_name_is_suggested() -> None:
         ("sinks", 300, "from 0 to 256"),
         ("flow_rows", 0, "from 1 to 65536"),
         ("keys", "mov", "Did you mean 'move'?"),
-        ("bias", "mass", "'none', 'count'"),
+        ("bias", "sum", "'none', 'count', 'mass', 'fit'"),
         ("fold", None, "'mean'"),
     ],
 )
@@ -93,6 +93,13 @@ def test_policy_field(field: str, value: Any, accepted: str) -> None:
         kvmerge.FlowMM(**{field: value})
     assert str(caught.value).startswith(f"FlowMM({field}={value!r}): {field} must be ")
     assert accepted in str(caught.value)
+
+
+def test_even_pool() -> None:
+    with pytest.raises(errors.PolicyError, match="must be odd"):
+        kvmerge.Policy(neighbours=4)
+    with pytest.raises(errors.PolicyError, match="value_norm must be True or False"):
+        kvmerge.Policy(value_norm=1)  # type: ignore[arg-type]
 
 
 def test_unknown_option() -> None:

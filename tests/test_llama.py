@@ -14,7 +14,7 @@ import pytest
 
 import kvmerge
 from conftest import Factory, answer
-from kvmerge import errors, pocket
+from kvmerge import _binding, errors, pocket
 from kvmerge.policies import resolve
 
 TEXT = " ".join(
@@ -295,14 +295,26 @@ def test_evict_is_flowmm_without_folding(llama: Factory) -> None:
 
 
 def test_policies_are_shown_with_what_can_be_chosen() -> None:
-    assert "score" not in str(kvmerge.FlowMM())
-    assert str(kvmerge.Evict()) == "evict(window=16, sinks=4, flow_rows=64)"
+    assert str(kvmerge.FlowMM()) == "flowmm"
+    assert str(kvmerge.Evict(window=8)) == "evict(window=8)"
+    assert str(kvmerge.FlowMM(theta=0.3, bias="none")) == "flowmm(bias='none', theta=0.3)"
     with pytest.raises(TypeError, match="match"):
         kvmerge.FlowMM(match="any")  # type: ignore[call-arg]
     custom = kvmerge.Policy(match="segment", keys="keep")
     assert custom.engine_params()["match"] == 4
 
 
+def test_defaults_are_those_of_the_library() -> None:
+    ffi, library, _ = _binding._native()
+    native = library.kvmerge_params_default()
+    names = {member for member in dir(native) if member != "size"}
+    params = kvmerge.Policy().engine_params()
+    assert params == kvmerge.FlowMM().engine_params()
+    assert params.keys() == names, "every field of the struct has an option"
+    for name, value in params.items():
+        assert getattr(native, name) == pytest.approx(value), name
+
+
 def test_presets_are_listed() -> None:
-    assert kvmerge.presets()[:2] == ("none", "flowmm")
+    assert {"none", "flowmm", "evict"} <= set(kvmerge.presets())
     assert pocket.model_path().exists()

@@ -19,20 +19,63 @@ _library.prepare()
 if TYPE_CHECKING:
     from .errors import KVMergeError
     from .llama import Llama
-    from .policies import Evict, FlowMM, Policy, presets
+    from .policies import (
+        D2O,
+        H2O,
+        MEDA,
+        Evict,
+        FlowMM,
+        KVMerger,
+        LookM,
+        MadaKV,
+        Mosaic,
+        Policy,
+        Pyramid,
+        SnapKV,
+        Streaming,
+        presets,
+    )
     from .stats import KVStats
 
 __version__ = "0.1.0"
 
-__all__ = ["Evict", "FlowMM", "KVMergeError", "KVStats", "Llama", "Policy", "presets"]
+__all__ = [
+    "D2O",
+    "H2O",
+    "MEDA",
+    "Evict",
+    "FlowMM",
+    "KVMergeError",
+    "KVMerger",
+    "KVStats",
+    "Llama",
+    "LookM",
+    "MadaKV",
+    "Mosaic",
+    "Policy",
+    "Pyramid",
+    "SnapKV",
+    "Streaming",
+    "presets",
+]
 
 _MODULES = {
+    "D2O": ".policies",
+    "H2O": ".policies",
+    "MEDA": ".policies",
     "Evict": ".policies",
     "FlowMM": ".policies",
     "KVMergeError": ".errors",
+    "KVMerger": ".policies",
     "KVStats": ".stats",
     "Llama": ".llama",
+    "LookM": ".policies",
+    "MadaKV": ".policies",
+    "Mosaic": ".policies",
     "Policy": ".policies",
+    "Pyramid": ".policies",
+    "SnapKV": ".policies",
+    "Streaming": ".policies",
     "presets": ".policies",
 }
 

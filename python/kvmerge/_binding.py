@@ -121,6 +121,7 @@ class EngineStats:
     n_layers: int
     n_heads: int
     bytes_per_cell: int
+    bytes_after: int
     t_score_us: int
     t_match_us: int
     t_fold_us: int

@@ -551,7 +551,7 @@ class Llama(StockLlama):
             stats.n_cells_after,
             self.n_tokens,
             before * stats.bytes_per_cell / _MIB,
-            stats.n_cells_after * stats.bytes_per_cell / _MIB,
+            stats.bytes_after / _MIB,
             stats.t_total_us / 1000,
         )
 
@@ -716,7 +716,11 @@ class Llama(StockLlama):
                 policy="none" if policy is None else str(policy),
                 budget=None if policy is None else self._budget.kept,
             )
-        per_cell = engine.stats().bytes_per_cell
+        last = engine.stats()
+        per_cell, held = last.bytes_per_cell, cells * last.bytes_per_cell
+        if self._merges:
+            # Layers may hold different numbers of cells; each new token takes one in all of them.
+            held = last.bytes_after + (cells - last.n_cells_after) * per_cell
         flow: list[LayerFlow] = []
         if self._merges:
             flows = engine.flow()
@@ -732,7 +736,7 @@ class Llama(StockLlama):
             positions=self._position(self.n_tokens),
             cells=cells,
             bytes_per_cell=per_cell,
-            mib=cells * per_cell / _MIB,
+            mib=held / _MIB,
             mib_full=self.n_tokens * per_cell / _MIB,
             policy=str(policy),
             budget=self._budget.kept,

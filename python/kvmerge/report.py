@@ -44,7 +44,7 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
         None when nothing was merged.
     """
     engine, stats = llm.engine, llm.kv_stats()
-    if engine is None or not stats.merges:
+    if engine is None or llm.policy is None or not stats.merges:
         return None
     spans = [span for span in llm.media_spans if span.modality == "image"]
     layers = []
@@ -76,8 +76,8 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
         )
     merge = stats.merges[-1]
     return {
-        "theta": llm.policy.theta if llm.policy is not None else 0.0,
-        "match": llm.policy.match if llm.policy is not None else "none",
+        "theta": llm.policy.theta,
+        "match": llm.policy.match,
         "policy": stats.policy,
         "cells_before": merge.cells_before,
         "cells_after": merge.cells_after,

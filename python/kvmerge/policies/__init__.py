@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 from .base import Policy
+from .d2o import D2O
 from .evict import Evict
 from .flowmm import FlowMM
+from .h2o import H2O
+from .kvmerger import KVMerger
+from .lookm import LookM
+from .madakv import MadaKV
+from .meda import MEDA
+from .mosaic import Mosaic
 from .presets import PRESETS, presets, resolve
+from .snapkv import Pyramid, SnapKV
+from .streaming import Streaming
 
-__all__ = ["PRESETS", "Evict", "FlowMM", "Policy", "presets", "resolve"]
+__all__ = [
+    "D2O",
+    "H2O",
+    "MEDA",
+    "PRESETS",
+    "Evict",
+    "FlowMM",
+    "KVMerger",
+    "LookM",
+    "MadaKV",
+    "Mosaic",
+    "Policy",
+    "Pyramid",
+    "SnapKV",
+    "Streaming",
+    "presets",
+    "resolve",
+]

@@ -3,116 +3,130 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
-from ..errors import PolicyError, did_you_mean
-
-# Accepted words, each with its value in kvmerge.h.
-SCORES = {"proxy": 0, "position": 1, "all": 2}
-MATCHES = {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4}
-BIASES = {"none": 0, "count": 1}
-KEYS = {"keep": False, "move": True}
-FOLDS = {"mean": 0}
+from ..errors import PolicyError
+from .options import OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """One choice for each step of score, select, match and fold.
+    """How a cache is merged: one choice for each step.
 
-    The methods with a name are subclasses that fix some of the choices; this class combines them
-    freely.
+    The methods with a name are subclasses that fix some of the choices and have other defaults;
+    this class combines them freely.
 
     Parameters
     ----------
     score : {"proxy", "position", "all"}
         How important a token is: the attention that the last `window` tokens of the prompt give
         it, its place (the later, the better), or the attention that all tokens give it.
+    allocate : {"uniform", "pyramid", "cover", "entropy"}
+        How many cells each layer gets: the same, fewer with depth, as many as cover the share
+        `cover` of each modality's attention, or by the entropy of attention between modalities.
+    select : {"top", "text", "modality", "mosaic", "runs"}
+        Which tokens are kept: the highest scores; text before all else; each modality by the
+        attention that it gets; partly by score and partly as groups that cover every picture; or
+        runs of similar neighbours become one.
     match : {"flow", "any", "modality", "segment", "none"}
         Where a token that is not kept may be folded: into any kept one where much attention
-        crosses modalities and else into one of its modality, into any, into one of its modality,
-        into one of its own picture or stretch of text, or nowhere.
-    bias : {"count", "none"}
+        crosses modalities and else into one of its modality; into any; into one of its modality;
+        into one of its own picture or stretch of text; or nowhere.
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
+        The weights in the mean of a group: equal; each member half and the kept token the rest;
+        by similarity; by its exponential; or by a Gaussian of the distance.
+    bias : {"count", "none", "mass", "fit"}
         What is added to the attention logit of a token that stands for others: the logarithm of
-        how many it stands for, or nothing.
+        how many, nothing, or what the window's queries say that the group weighs, before or after
+        its key was moved.
+    residual : {"none", "segment", "all"}
+        Where tokens go that found no kept one: nowhere, into one cell for each picture or stretch
+        of text, or into one for all.
     keys : {"move", "keep"}
-        Whether such a token's key becomes the mean of its group or stays as it is.
-    fold : {"mean"}
-        How values (and moved keys) are put together.
+        Whether the key of a token that stands for others becomes the mean of its group.
+    pool : {"mean", "max"}
+        How scores are pooled over neighbours.
+    value_norm : bool
+        Whether scores are multiplied with the norm of the value.
     window : int
         Tokens at the end of the prompt whose queries score and which are kept, 1 to 256.
     sinks : int
-        First tokens of a sequence, always kept, 0 to 256.
+        First tokens, always kept, 0 to 256.
     flow_rows : int
         Queries sampled per modality to estimate the flow, 1 to 65536.
+    neighbours : int
+        Neighbours over which scores are pooled, odd, 1 to 63; 1 does not pool.
+    floor : int
+        Cells that every picture keeps at least with ``select="mosaic"``, 0 to 1024.
+    members : int
+        Tokens that a kept one may receive, 0 to 65536; 0 is any number.
     theta : float
         Share of attention that crosses modalities from which on a layer folds across them, 0 to 1.
     tau : float
         Kept tokens above this quantile of importance receive no folds, 0 to 1; 1 protects none.
+    recent : float
+        Share of the budget that goes to the last tokens, 0 to 1.
+    cover : float
+        Share of attention to cover with ``allocate="cover"``, 0 to 1.
+    similarity : float
+        Cosine below which nothing is folded, -1 to 1.
+    pivots : float
+        Share of a picture's cells that go by score with ``select="mosaic"``, 0 to 1.
+    text : float
+        Share of the budget that text may take with ``select="mosaic"``, 0 to 1.
+    text_pivots : float
+        Share of the cells of text that go by score with ``select="mosaic"``, 0 to 1.
     """
 
     name: ClassVar[str] = "custom"
 
     score: str = "proxy"
+    allocate: str = "uniform"
+    select: str = "top"
     match: str = "flow"
-    bias: str = "count"
-    keys: str = "move"
     fold: str = "mean"
+    bias: str = "count"
+    residual: str = "none"
+    keys: str = "move"
+    pool: str = "mean"
+    value_norm: bool = False
     window: int = 16
     sinks: int = 4
     flow_rows: int = 64
+    neighbours: int = 1
+    floor: int = 1
+    members: int = 0
     theta: float = 0.25
     tau: float = 0.8
+    recent: float = 0.0
+    cover: float = 0.9
+    similarity: float = -1.0
+    pivots: float = 0.5
+    text: float = 0.5
+    text_pivots: float = 0.75
 
     def __post_init__(self) -> None:
-        self._check_word("score", SCORES)
-        self._check_word("match", MATCHES)
-        self._check_word("bias", BIASES)
-        self._check_word("keys", KEYS)
-        self._check_word("fold", FOLDS)
-        self._check_int("window", 1, 256)
-        self._check_int("sinks", 0, 256)
-        self._check_int("flow_rows", 1, 65536)
-        self._check_fraction("theta")
-        self._check_fraction("tau")
+        for option, value in self.choices.items():
+            problem = OPTIONS[option].problem(value)
+            if problem is not None:
+                raise PolicyError(
+                    f"{type(self).__name__}({option}={value!r}): {option} must be {problem}"
+                )
+        if self.neighbours % 2 == 0:
+            raise PolicyError(
+                f"{type(self).__name__}(neighbours={self.neighbours}): neighbours must be odd, the "
+                "token itself and as many on each side"
+            )
 
-    def _refuse(self, field: str, accepted: str, hint: str = "") -> PolicyError:
-        value = getattr(self, field)
-        return PolicyError(
-            f"{type(self).__name__}({field}={value!r}): {field} must be {accepted}.{hint}"
-        )
-
-    def _check_word(self, field: str, accepted: dict[str, Any]) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, str) or value not in accepted:
-            words = ", ".join(repr(word) for word in accepted)
-            raise self._refuse(field, f"one of {words}", did_you_mean(value, accepted))
-
-    def _check_int(self, field: str, low: int, high: int) -> None:
-        value = getattr(self, field)
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or not low <= int(value) <= high:
-            raise self._refuse(field, f"a whole number from {low} to {high}")
-
-    def _check_fraction(self, field: str) -> None:
-        value = getattr(self, field)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        # A comparison with NaN is false.
-        if not number or not 0 <= float(value) <= 1:
-            raise self._refuse(field, "a number from 0 to 1")
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The value of every option by name, chosen or fixed."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def engine_params(self) -> dict[str, Any]:
         """Return the fields of ``struct kvmerge_params`` by name."""
         return {
-            "score": SCORES[self.score],
-            "match": MATCHES[self.match],
-            "bias": BIASES[self.bias],
-            "move_keys": KEYS[self.keys],
-            "n_window": int(self.window),
-            "n_sink": int(self.sinks),
-            "n_flow_rows": int(self.flow_rows),
-            "theta": float(self.theta),
-            "tau": float(self.tau),
+            OPTIONS[name].param: OPTIONS[name].native(value) for name, value in self.choices.items()
         }
 
     @property
@@ -121,5 +135,10 @@ class Policy:
         return int(self.sinks + self.window)
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.init)
-        return f"{self.name}({shown})"
+        """Return the name with what differs from the defaults of the method."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.init and getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name

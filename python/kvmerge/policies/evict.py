@@ -27,9 +27,8 @@ class Evict(Policy):
     name: ClassVar[str] = "evict"
 
     score: str = field(default="proxy", init=False)
+    select: str = field(default="top", init=False)
     match: str = field(default="none", init=False)
     bias: str = field(default="none", init=False)
     keys: str = field(default="keep", init=False)
-    fold: str = field(default="mean", init=False)
-    theta: float = field(default=0.25, init=False)
     tau: float = field(default=1.0, init=False)

@@ -41,13 +41,17 @@ class FlowMM(Policy):
         tokens makes it exact.
     keys : {"move", "keep"}
         Whether the key of a token that stands for others becomes the mean of its group.
-    bias : {"count", "none"}
-        Whether such a token's attention logit gets the logarithm of the number it stands for.
-    fold : {"mean"}
-        How values (and moved keys) are put together.
+    bias : {"count", "none", "mass", "fit"}
+        What such a token's attention logit gets: the logarithm of the number it stands for,
+        nothing, or what the window's queries say that its group weighs, before or after its key
+        was moved.
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
+        The weights in the mean of a group: equal; each member half and the kept token the rest;
+        by similarity; by its exponential; or by a Gaussian of the distance.
     """
 
     name: ClassVar[str] = "flowmm"
 
     score: str = field(default="proxy", init=False)
+    select: str = field(default="top", init=False)
     match: str = field(default="flow", init=False)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from ..errors import PolicyError, did_you_mean
 from .base import Policy
+from .d2o import D2O
 from .evict import Evict
 from .flowmm import FlowMM
+from .h2o import H2O
+from .kvmerger import KVMerger
+from .lookm import LookM
+from .madakv import MadaKV
+from .meda import MEDA
+from .mosaic import Mosaic
+from .snapkv import Pyramid, SnapKV
+from .streaming import Streaming
 
 PRESETS: dict[str, Policy | None] = {
     "none": None,
     "flowmm": FlowMM(),
+    "mosaic": Mosaic(),
     "evict": Evict(),
+    "look-m": LookM(),
+    "madakv": MadaKV(),
+    "meda": MEDA(),
+    "d2o": D2O(),
+    "h2o": H2O(),
+    "snapkv": SnapKV(),
+    "pyramid": Pyramid(),
+    "kvmerger": KVMerger(),
+    "streaming": Streaming(),
 }
 """Every accepted name with its policy; ``None`` is merging off."""
 
