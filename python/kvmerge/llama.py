@@ -533,7 +533,7 @@ class Llama(StockLlama):
         if self._engine is None or self._policy is None:
             return
         budget = self._budget.cells(self.n_tokens, self._policy.always_kept)
-        before = self._engine.n_cells()
+        before, bytes_before = self._held()
         if before <= budget:
             return
         try:
@@ -541,18 +541,19 @@ class Llama(StockLlama):
         except MergeError:
             self._clear()
             raise
-        stats = self._engine.stats()
-        self._merges.append(
-            MergeRecord(self.n_tokens, before, self._engine.n_cells(), stats.t_total_us / 1000)
-        )
+        ms = self._engine.stats().t_total_us / 1000
+        # The record first: what is held follows from the last merge, if there was one.
+        self._merges.append(MergeRecord(self.n_tokens, before, budget, ms))
+        after, bytes_after = self._held()
+        self._merges[-1] = MergeRecord(self.n_tokens, before, after, ms)
         log.info(
             "merged %d cells into %d (%d tokens seen), %.2f MiB into %.2f MiB, %.1f ms",
             before,
-            stats.n_cells_after,
+            after,
             self.n_tokens,
-            before * stats.bytes_per_cell / _MIB,
-            stats.bytes_after / _MIB,
-            stats.t_total_us / 1000,
+            bytes_before / _MIB,
+            bytes_after / _MIB,
+            ms,
         )
 
     # Generation.
@@ -610,7 +611,7 @@ class Llama(StockLlama):
             raise
 
     def _prompt_tokens_details(self) -> dict[str, int]:
-        details = {"cached_tokens": self._cached_tokens, "cells": self._n_cells()}
+        details = {"cached_tokens": self._cached_tokens, "cells": self._held()[0]}
         for modality in ("image", "audio"):
             details[f"{modality}_tokens"] = sum(
                 span.end - span.start for span in self._spans if span.modality == modality
@@ -656,7 +657,7 @@ class Llama(StockLlama):
     def save_state(self) -> LlamaState:
         """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
         self._check_open()
-        if self._n_cells() != self.n_tokens:
+        if self._merges:
             raise UnsupportedError("a merged cache cannot be saved yet: save before merging")
         stock = super().save_state()
         state = _State.__new__(_State)
@@ -696,14 +697,22 @@ class Llama(StockLlama):
         """Where the pictures and sounds lie among the tokens that were read."""
         return tuple(self._spans)
 
-    def _n_cells(self) -> int:
-        return self.n_tokens if self._engine is None else self._engine.n_cells()
+    def _held(self) -> tuple[int, int]:
+        """Return the cells that are held, as the mean over the layers, and their bytes."""
+        if self._engine is None:
+            return self.n_tokens, self.n_tokens * self._bytes_per_cell()
+        cells, last = self._engine.n_cells(), self._engine.stats()
+        if not self._merges:
+            return cells, cells * last.bytes_per_cell
+        # Layers may hold different numbers of cells; each new token takes one in all of them.
+        held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
+        return round(held / last.bytes_per_cell), held
 
     def kv_stats(self) -> KVStats:
         """Return what the cache holds: tokens seen, positions, cells, MiB, merges and flow."""
         self._check_open()
         engine, policy = self._engine, self._policy
-        cells = self._n_cells()
+        cells, held = self._held()
         if engine is None or policy is None:
             per_cell = self._bytes_per_cell()
             return KVStats(
@@ -711,16 +720,12 @@ class Llama(StockLlama):
                 positions=self._position(self.n_tokens),
                 cells=cells,
                 bytes_per_cell=per_cell,
-                mib=cells * per_cell / _MIB,
+                mib=held / _MIB,
                 mib_full=self.n_tokens * per_cell / _MIB,
                 policy="none" if policy is None else str(policy),
                 budget=None if policy is None else self._budget.kept,
             )
-        last = engine.stats()
-        per_cell, held = last.bytes_per_cell, cells * last.bytes_per_cell
-        if self._merges:
-            # Layers may hold different numbers of cells; each new token takes one in all of them.
-            held = last.bytes_after + (cells - last.n_cells_after) * per_cell
+        per_cell = engine.stats().bytes_per_cell
         flow: list[LayerFlow] = []
         if self._merges:
             flows = engine.flow()

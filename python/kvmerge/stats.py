@@ -62,7 +62,8 @@ class KVStats:
     positions : int
         Length in positions.  Models with M-RoPE count a picture as fewer positions than tokens.
     cells : int
-        Cells that the cache holds.  Without merging as many as there are tokens.
+        Cells that the cache holds, as the mean over the layers where a policy gives them different
+        numbers.  Without merging as many as there are tokens.
     bytes_per_cell : int
         Bytes of K and V of one cell over all layers; 0 where it is not known.
     mib : float
