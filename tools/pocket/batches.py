@@ -1,4 +1,4 @@
-"""Turn prompts of :mod:`kvmerge.pocket.tasks` into tokens for training."""
+"""Turn prompts of :mod:`pocket.tasks` into tokens for training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import vocabulary as v
 from torch import Tensor
 
-from kvmerge.pocket.render import COLOURS, LETTERS, SHAPES
-from kvmerge.pocket.tasks import LONG_TASKS, TASKS, Picture, Prompt, Question, make_prompt
+from pocket.render import COLOURS, LETTERS, SHAPES
+from pocket.tasks import EXTRA_TASKS, LONG_TASKS, TASKS, Picture, Prompt, Question, make_prompt
 
 __all__ = ["Batch", "Mix", "Sequencer", "context_tokens", "make_batch", "picture_index"]
 
@@ -126,8 +126,8 @@ def make_batch(
             mix.n_pictures,
             n_questions=int(rng.integers(mix.questions[0], mix.questions[1] + 1)),
             weights=mix.weights,
-            tasks=TASKS,
-            n_facts=int(rng.integers(1, 3 + round(4 * mix.clutter))),
+            tasks=TASKS + EXTRA_TASKS,
+            n_facts=1 + int(rng.integers(1 + round(5 * mix.clutter))),
             distractor_tokens=int(
                 mix.clutter * rng.integers(0, 30 * mix.n_pictures if crowded else 80)
             ),

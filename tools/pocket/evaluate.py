@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path.append(str(ROOT / "python" / "kvmerge"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import llama_cpp  # noqa: E402
@@ -25,8 +26,14 @@ import llama_cpp.mtmd_cpp as mtmd_cpp  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 from llama_cpp.llama_chat_format import MTMDChatHandler  # noqa: E402
 
-from kvmerge.pocket.render import COLOURS  # noqa: E402
-from kvmerge.pocket.tasks import LONG_TASKS, TASKS, Prompt, data_uri, make_prompt, score  # noqa: E402
+from pocket.render import COLOURS  # noqa: E402
+from pocket.tasks import LONG_TASKS, TASKS, Prompt, data_uri, make_prompt, score  # noqa: E402
+
+if "LLAMA_CPP_LIB_PATH" in os.environ:
+    # Libraries whose backends are separate files do not load them on their own.
+    _folder = Path(os.environ["LLAMA_CPP_LIB_PATH"])
+    _ggml = ctypes.CDLL(str(_folder / "libggml.so"))
+    _ggml.ggml_backend_load_all_from_path(str(_folder).encode())
 
 TEST_SEED = 777_000_001
 """Base of the seeds of test prompts; training never uses them."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path.append(str(ROOT / "python" / "kvmerge"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vocabulary as v  # noqa: E402

@@ -5,7 +5,7 @@ Stages (each resumes from its checkpoint in the work folder):
 ``pool``    draw the training pictures once
 ``vision``  the ViT and the projector alone, as a classifier
 ``copy``    the fresh decoder alone, on copying random strings
-``joint``   everything together on the tasks of :mod:`kvmerge.pocket.tasks`
+``joint``   everything together on the tasks of :mod:`pocket.tasks`
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "python" / "kvmerge"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vocabulary as v  # noqa: E402
 from batches import PICTURE, Batch, Mix, make_batch, picture_index  # noqa: E402
 from model import Config, Decoder, PocketModel, Vision  # noqa: E402
 
-from kvmerge.pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
-from kvmerge.pocket.tasks import TASKS, Picture  # noqa: E402
+from pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
+from pocket.tasks import EXTRA_TASKS, TASKS, Picture  # noqa: E402
 
 REPEATS = 40
 """Pictures drawn of every (colour, shape, letter)."""
@@ -265,7 +265,7 @@ class Tally:
     """Running accuracy of every task, and the task weights that follow from it."""
 
     def __init__(self) -> None:
-        self.right = dict.fromkeys(TASKS, 0.0)
+        self.right = dict.fromkeys(TASKS + EXTRA_TASKS, 0.0)
 
     def add(self, found: dict[str, list[float]]) -> None:
         """Take in the answers of one batch."""
@@ -276,11 +276,11 @@ class Tally:
     def weights(self) -> list[float]:
         """Ask more often what is not learnt yet."""
         base = {"letter_of": 1.3, "picture_of": 1.5, "count": 1.5, "describe": 0.7, "code": 0.7}
-        return [base.get(t, 0.8) * (0.25 + 1.0 - self.right[t]) for t in TASKS]
+        return [base.get(t, 0.8) * (0.25 + 1.0 - self.right[t]) for t in self.right]
 
     def mean(self) -> float:
         """Accuracy over all tasks."""
-        return sum(self.right.values()) / len(self.right)
+        return sum(self.right[t] for t in TASKS) / len(TASKS)
 
     def text(self) -> str:
         """One line for the log."""
@@ -462,9 +462,9 @@ def measure(model: PocketModel, pool: np.ndarray, seed: int) -> str:
     rng = np.random.default_rng([99, seed])
     with torch.no_grad():
         for n in (4, 8, 12):
-            found: dict[str, list[float]] = {t: [] for t in TASKS}
+            found: dict[str, list[float]] = {t: [] for t in TASKS + EXTRA_TASKS}
             for _ in range(2):
-                batch = draw_batch(rng, n, 8000, [1.0] * len(TASKS), 0.0)
+                batch = draw_batch(rng, n, 8000, [1.0] * len(TASKS + EXTRA_TASKS), 0.0)
                 _, part = forward_batch(model, batch, to_pixels(pool[batch.pictures]))
                 for task, values in part.items():
                     found[task] += values
@@ -502,7 +502,8 @@ def train_joint(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["spent"]
-        tally.right, most = state["tally"], state["most"]
+        tally.right.update(state["tally"])
+        most = state["most"]
         changed = first
     else:
         model.decoder.load_state_dict(torch.load(work / "text.pt")["decoder"])

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from kvmerge.pocket import tasks as t
-from kvmerge.pocket.render import COLOURS, LETTERS, SHAPES
+from pocket import tasks as t
+from pocket.render import COLOURS, LETTERS, SHAPES
 
 __all__ = [
     "ASSISTANT",
@@ -119,6 +119,10 @@ def _tokens() -> list[str]:
             if any(ch.isalnum() for ch in piece):
                 known.setdefault("".join(_BYTES[b] for b in piece.encode()))
     known.setdefault("\u0120(")
+    digits = "zero one two three four five six seven eight nine".split()
+    for word in ("Code", "for", *digits, "shows", "goes", "with"):
+        known.setdefault(word)
+        known.setdefault("\u0120" + word)
     result = list(known)
     if len(result) > SIZE:
         raise ValueError(f"{len(result)} tokens do not fit {SIZE}")

@@ -29,6 +29,7 @@ from .render import COLOURS, LETTERS, SHAPES, render_picture
 
 __all__ = [
     "ADJECTIVES",
+    "EXTRA_TASKS",
     "MAX_PICTURES",
     "NOUNS",
     "TASKS",
@@ -60,6 +61,9 @@ SHORT_TASKS: tuple[str, ...] = TASKS[:6]
 
 LONG_TASKS: tuple[str, ...] = TASKS[6:]
 """Tasks whose answers name every picture."""
+
+EXTRA_TASKS: tuple[str, ...] = ("picture_with", "colour_of", "shape_of")
+"""Tasks asked only when named: each shares one step of its answer with a task of `TASKS`."""
 
 MAX_PICTURES = len(LETTERS)
 """The most pictures in a prompt: every letter occurs once at most."""
@@ -98,7 +102,7 @@ class Fact:
     @property
     def text(self) -> str:
         """The sentence that tells the code."""
-        return f"The code of the {self.name} is {self.code}."
+        return f"Code for the {self.name} {self.code}."
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def _choose(rng: np.random.Generator, items: Sequence[str]) -> str:
 
 
 def _code(rng: np.random.Generator) -> str:
-    return "".join(str(int(d)) for d in rng.integers(0, 10, 3))
+    return "".join(str(d) for d in rng.integers(0, 10, 3).tolist())
 
 
 def _distractor(rng: np.random.Generator) -> str:
@@ -279,6 +283,13 @@ def _ask(
     if task == "describe":
         lines = (f"{i + 1} {p.colour} {p.shape} {p.letter}" for i, p in enumerate(pictures))
         return Question(task, "Describe every picture.", "\n".join(lines))
+    if task == "picture_with":
+        text = f"Which picture shows the {shown.colour} {shown.shape}?"
+        return Question(task, text, str(at + 1))
+    if task == "colour_of":
+        return Question(task, f"What colour goes with the letter {shown.letter}?", shown.colour)
+    if task == "shape_of":
+        return Question(task, f"What shape goes with the letter {shown.letter}?", shown.shape)
     raise ValueError(f"unknown task {task!r}")
 
 
@@ -307,12 +318,12 @@ def make_prompt(
     n_questions : int, default 10
         Number of questions.
     tasks : sequence of str
-        Tasks to ask about.  Without `weights` the tasks take turns in a random order, so that
+        Tasks to ask about, of `TASKS` and `EXTRA_TASKS`.  Without `weights` the tasks take turns in a random order, so that
         ten questions cover all ten tasks.
     weights : sequence of float, optional
         Draw the task of each question with these weights instead.
     n_facts : int, default 4
-        Codes told in the text between the pictures.  The task ``code`` needs at least one; it is
+        Codes told in the text between the pictures, 12 at most, each of another noun.  The task ``code`` needs at least one; it is
         left out when there is none.
     distractor_tokens : int, default 40
         About how many tokens of sentences that no question asks about lie between the pictures.
@@ -339,10 +350,8 @@ def make_prompt(
         shown = (colours[pair // len(SHAPES)], SHAPES[pair % len(SHAPES)], LETTERS[letter])
         image = render_picture(*shown, rng) if blank is None else blank
         pictures.append(Picture(*shown, image))
-    names = rng.permutation(len(ADJECTIVES) * len(NOUNS))[:n_facts].tolist()
-    facts = [
-        Fact(f"{ADJECTIVES[i // len(NOUNS)]} {NOUNS[i % len(NOUNS)]}", _code(rng)) for i in names
-    ]
+    nouns = rng.permutation(len(NOUNS))[:n_facts].tolist()
+    facts = [Fact(f"{_choose(rng, ADJECTIVES)} {NOUNS[i]}", _code(rng)) for i in nouns]
     sentences = [fact.text for fact in facts]
     # A sentence that only distracts is about nine tokens long.
     sentences += [_distractor(rng) for _ in range(round(distractor_tokens / 9))]
@@ -362,7 +371,7 @@ def make_prompt(
             caption_parts.add(len(parts))
             parts.append(f" {picture.colour} {picture.shape} {picture.letter}")
         # The number stands after the picture too: what comes later can look back at the picture.
-        parts.append(f" ({i + 1})")
+        parts.append(str(i + 1))
     if slots[n_pictures]:
         parts.append("\n" + " ".join(slots[n_pictures]))
     parts.append("\n")
@@ -390,7 +399,7 @@ def score(task: str, answer: str, expected: str) -> float:
     Parameters
     ----------
     task : str
-        One of `TASKS`.
+        One of `TASKS` or `EXTRA_TASKS`.
     answer : str
         What the model said.
     expected : str
@@ -414,6 +423,6 @@ def score(task: str, answer: str, expected: str) -> float:
             said, wanted = answer.split(), expected.split()
         right = sum(a.strip() == b.strip() for a, b in zip(said, wanted, strict=False))
         return right / max(len(said), len(wanted))
-    if task not in TASKS:
+    if task not in TASKS + EXTRA_TASKS:
         raise ValueError(f"unknown task {task!r}")
     return float(answer == expected)
