@@ -164,7 +164,9 @@ def _columns(left: str, right: str) -> str:
 def _print_answers(full: Run, merged: Run) -> None:
     print(_columns(full.name.upper(), merged.name.upper()))
     for number, (a, b) in enumerate(zip(full.turns, merged.turns, strict=True), 1):
-        print(f"\n{number}. {a.question}  (right: {' / '.join(a.expected.splitlines())})")
+        print(f"\n{number}. {a.question}")
+        right = "right: " + " / ".join(a.expected.splitlines())
+        print(textwrap.fill(right, _WIDTH, initial_indent="   ", subsequent_indent="   "))
         print(_columns(f"{a.answer} {_mark(a)}", f"{b.answer} {_mark(b)}"))
 
 
@@ -195,6 +197,7 @@ _MEANINGS = (
     ("ms/token", "mean time of one generated token, reading and merging not counted"),
     ("merge ms", "time of all merges together, and how many there were"),
     ("right", "answers that are right as a whole; a list with one wrong item is wrong"),
+    ("merging", "runs when a question was read: only the first answer's first token saw all cells"),
 )
 
 
