@@ -264,7 +264,10 @@ def test_all_spellings_of_the_projector(model: Path, mmproj: Path, llama: Factor
 
 def test_log_probabilities(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.5, logits_all=True)
-    response = llm.create_completion(TEXT, max_tokens=3, logprobs=2, temperature=0.0)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= " red red red"', verbose=False)
+    response = llm.create_completion(
+        TEXT, max_tokens=3, logprobs=2, temperature=0.0, grammar=grammar
+    )
     assert len(response["choices"][0]["logprobs"]["tokens"]) == 3
 
 
@@ -272,12 +275,13 @@ def test_speculative_decoding(llama: Factory) -> None:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     options = {"mmproj": None, "kv_merge": "flowmm", "kv_budget": 0.5}
-    plain = llama(**options).create_completion(TEXT, max_tokens=12, temperature=0.0)
     draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
-    drafted = llama(**options, draft_model=draft).create_completion(
-        TEXT, max_tokens=12, temperature=0.0
-    )
-    assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
+    generated = []
+    for llm in (llama(**options), llama(**options, draft_model=draft)):
+        tokens = llm.generate(llm.tokenize(TEXT.encode()), temp=0.0)
+        generated.append([token for token, _ in zip(tokens, range(24), strict=False)])
+    assert generated[0] == generated[1]
+    assert len(generated[0]) == 24
 
 
 def test_evict_is_flowmm_without_folding(llama: Factory) -> None:
