@@ -1,8 +1,14 @@
-"""The engine against the NumPy oracle, on K, V and queries read from a real cache."""
+"""Every preset against the NumPy oracle, on K, V and queries read from a real cache.
+
+Steps are compared one by one; each step of the oracle starts from the engine's result of the one
+before, so that a rounding in a score does not change what is compared later.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -10,126 +16,238 @@ import pytest
 from random_model import Shape, write_random_model
 from session import Session
 
+from kvmerge.policies import PRESETS, FlowMM, LookM, Mosaic, Policy
+
 N_IMAGE = 49
 SHAPES = {
     "gqa": Shape(layers=3, heads=4, heads_kv=2, head_size=64),
     "mha": Shape(layers=2, heads=3, heads_kv=3, head_size=64),
 }
 # tolerance of K and V: one rounding to the type of the cache
-ROUNDING = {"f32": 1e-5, "f16": 2e-3, "q8_0": 3e-2}
+ROUNDING = {"f32": 1e-5, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 0.3}
 # tolerance of scores: with a quantized K, ggml rounds the queries of a product as well
-SCORING = {"f32": 2e-3, "f16": 5e-3, "q8_0": 6e-2}
+SCORING = {"f32": 2e-3, "f16": 5e-3, "q8_0": 6e-2, "q4_0": 6e-2}
+
+POLICIES: dict[str, Policy] = {name: policy for name, policy in PRESETS.items() if policy}
+POLICIES |= {
+    "flowmm-literal": FlowMM(bias="none"),
+    "flowmm-across": FlowMM(theta=0.0),
+    "flowmm-within": FlowMM(theta=1.0),
+    "flowmm-keep-mass": FlowMM(keys="keep", bias="mass"),
+    "flowmm-fit": FlowMM(bias="fit"),
+    "look-m-mean": LookM(fold="mean"),
+    "look-m-weighted": LookM(fold="weighted"),
+    "mosaic-groups": Mosaic(pivots=0.0, neighbours=1, value_norm=False),
+}
+CACHES = [("f32", True), ("f32", False), ("f16", True), ("f16", False), ("q8_0", True)]
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / f"{request.param}.gguf"
-    return write_random_model(path, SHAPES[request.param], seed=7)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: write_random_model(folder / f"{name}.gguf", shape, seed=7)
+        for name, shape in SHAPES.items()
+    }
 
 
-def read_prompt(session: Session, seed: int = 0, pictures: int = 3) -> np.ndarray:
-    """Text, pictures, text; returns the modality of every token."""
+def read_prompt(session: Session, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Text, pictures, text; returns modality and segment of every token."""
     rng = np.random.default_rng(seed)
     modality: list[int] = []
+    segment: list[int] = []
+
+    def mark(kind: int, n: int) -> None:
+        number = segment[-1] + 1 if segment else 0
+        modality.extend([kind] * n)
+        segment.extend([number] * n)
 
     def text(n: int) -> None:
         session.decode(rng.integers(0, 512, n).tolist())
-        modality.extend([0] * n)
+        mark(0, n)
 
     text(21)
-    for _ in range(pictures):
+    for gap in (9, 0, 30):  # the second and third picture touch
         rows = rng.standard_normal((N_IMAGE, session.n_embd)).astype(np.float32)
         assert session.engine
         with session.engine.media("image"):
             session.decode(embeddings=rows + 2 * rng.standard_normal(session.n_embd))
-        modality.extend([1] * N_IMAGE)
-        text(9)
-    text(30)
-    return np.array(modality, np.uint8)
+        mark(1, N_IMAGE)
+        if gap:
+            text(gap)
+    return np.array(modality), np.array(segment)
+
+
+@pytest.mark.parametrize(("cache_type", "flash_attention"), CACHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flowmm(
+    models: dict[str, Path], shape: str, cache_type: str, flash_attention: bool
+) -> None:
+    for policy in (FlowMM(theta=0.0, bias="none"), FlowMM(theta=1.0)):
+        check(models[shape], policy, cache_type, flash_attention)
 
 
 @pytest.mark.parametrize("flash_attention", [True, False], ids=["fa", "no-fa"])
-@pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0"])
-@pytest.mark.parametrize("theta", [0.0, 1.0], ids=["across", "within"])
-def test_flowmm_equals_oracle(
-    model: Path, cache_type: str, flash_attention: bool, theta: float
-) -> None:
-    if cache_type == "q8_0" and not flash_attention:
-        pytest.skip("llama.cpp has no quantized V without flash attention")
-    policy = oracle.Policy(theta=theta)
-    params = {"theta": theta, "n_flow_rows": 1024}
+@pytest.mark.parametrize("name", POLICIES)
+def test_preset(models: dict[str, Path], name: str, flash_attention: bool) -> None:
+    check(models["gqa"], POLICIES[name], "f16" if flash_attention else "f32", flash_attention)
+
+
+@pytest.mark.parametrize("name", ["mosaic", "look-m", "kvmerger"])
+def test_preset_quantized(models: dict[str, Path], name: str) -> None:
+    check(models["gqa"], POLICIES[name], "q4_0", True)
+
+
+def check(model: Path, policy: Policy, cache_type: str, flash_attention: bool) -> None:
+    """Merge a prompt and compare every step of every layer."""
+    policy = replace(policy, flow_rows=1024)  # every query is sampled: the flow is exact
     with Session(
-        model, merge=params, cache_type=cache_type, flash_attention=flash_attention
-    ) as session:
+        model, merge=policy.engine_params(), cache_type=cache_type,
+        flash_attention=flash_attention,
+    ) as session:  # fmt: skip
         assert session.engine
-        modality = read_prompt(session)
+        modality, segment = read_prompt(session)
         n = len(modality)
         budget = n // 5
         layers = range(session.engine.stats().n_layers)
         before = [session.engine.read_cells(layer) for layer in layers]
         queries = [session.engine.read_queries(layer) for layer in layers]
         session.engine.merge(budget)
-        assert session.engine.n_cells() == budget
-        flow = session.engine.flow()
+        sizes = check_sizes(session, policy, budget, modality, n)
+        assert session.engine.n_cells() == max(sizes)
         for layer in layers:
             check_layer(
-                session, layer, before[layer], queries[layer], modality, budget, policy,
-                float(flow.rho[layer]), (flow.text_to_media[layer], flow.media_to_text[layer]),
-                ROUNDING[cache_type], SCORING[cache_type],
+                session, layer, before[layer], queries[layer], modality, segment, sizes[layer],
+                policy, cache_type,
+            )  # fmt: skip
+        assert np.isfinite(session.decode([1])).all()
+
+
+def kept_of(plan: Any) -> np.ndarray:
+    return np.flatnonzero(plan.fate >= 2)
+
+
+def check_sizes(
+    session: Session, policy: Policy, budget: int, modality: np.ndarray, n: int
+) -> list[int]:
+    """Every layer has the cells that the policy gives it; their mean is the budget."""
+    assert session.engine
+    engine = session.engine
+    layers = engine.stats().n_layers
+    heads = engine.layer(0).n_head_kv
+    flows = engine.flow()
+    sizes = [len(kept_of(engine.plan(layer, 0))) for layer in range(layers)]
+    need = np.array(
+        [
+            np.mean(
+                [oracle.cover(engine.plan(i, h).score, modality, policy.cover) for h in range(heads)]
             )
-        logits = session.decode([1])
-        assert np.isfinite(logits).all()
+            for i in range(layers)
+        ]
+    )
+    parts = np.stack([flows.text_to_media, flows.media_to_text], axis=1).astype(np.float64)
+    p = {"sinks": policy.sinks, "window": policy.window}
+    expected = oracle.allocate(policy.allocate, budget, n, p, need, parts)
+    assert np.abs(np.array(sizes) - expected).max() <= 1
+    assert sum(sizes) == budget * layers
+    total = sum(size * engine.stats().bytes_per_cell // layers for size in sizes)
+    assert engine.stats().bytes_after == total
+    return sizes
 
 
-def check_layer(session, layer, before, queries, modality, budget, policy, rho, parts, rounding, scoring):
-    """Every step of one layer."""
+def check_layer(
+    session: Session, layer: int, before: Any, queries: Any, modality: np.ndarray,
+    segment: np.ndarray, budget: int, policy: Policy, cache_type: str,
+) -> None:  # fmt: skip
+    assert session.engine
     n, heads_kv = before.order.shape
-    order = np.arange(n, dtype=np.int32)
+    p = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    order = np.arange(n)
+    scoring, rounding = SCORING[cache_type], ROUNDING[cache_type]
     assert (before.order == order[:, None]).all()
+    assert (before.mass == 1).all()
     k, v = before.k.astype(np.float64), before.v.astype(np.float64)
     q = queries.q.astype(np.float64)
     proxy = queries.proxy
+    window = min(policy.window, n)
 
-    assert queries.order[proxy].tolist() == list(range(n - policy.window, n))
+    assert queries.order[proxy].tolist() == list(range(n - window, n))
     assert sorted(queries.order[~proxy]) == list(range(n)), "every token is sampled"
     assert (queries.modality == modality[queries.order]).all()
 
-    # flow, exact because every query was sampled
-    weights = oracle.attention(q[~proxy], queries.order[~proxy], k, order, queries.scale)
-    expected = oracle.flow(weights, queries.modality[~proxy], modality)
-    np.testing.assert_allclose([rho, *parts], expected, rtol=scoring, atol=1e-5)
+    rho = float(session.engine.flow().rho[layer])
+    everything = oracle.attention(
+        oracle.logits(q[~proxy], k, queries.scale), queries.order[~proxy], order
+    )
+    if policy.score != "position":
+        flow = session.engine.flow()
+        found = [rho, flow.text_to_media[layer], flow.media_to_text[layer]]
+        expected = oracle.flow(everything, queries.modality[~proxy], modality)
+        np.testing.assert_allclose(found, expected, rtol=scoring, atol=1e-5)
 
-    weights = oracle.attention(q[proxy], queries.order[proxy], k, order, queries.scale)
-    scores = oracle.importance(weights, heads_kv)
+    values = oracle.logits(q[proxy], k, queries.scale)
+    if policy.score == "proxy":
+        proxies = oracle.attention(values, queries.order[proxy], order)
+        scores = oracle.importance(proxies, heads_kv)
+    elif policy.score == "all":
+        scores = oracle.importance(everything, heads_kv)
+    else:
+        scores = np.tile(order.astype(float), (heads_kv, 1))
+    if policy.value_norm:
+        scores = scores * np.linalg.norm(v, axis=-1).T
 
     after = session.engine.read_cells(layer)
+    group = values.shape[1] // heads_kv
+    unused = session.engine.n_cells() - budget
     for head in range(heads_kv):
         plan = session.engine.plan(layer, head)
-        np.testing.assert_allclose(plan.score, scores[head], rtol=scoring, atol=1e-5)
-        # from here on with the engine's own scores, so that a rounding does not change the order
-        kept, open_ = oracle.select(plan.score, budget, policy)
-        assert kept.tolist() == np.flatnonzero(plan.fate >= 2).tolist()
-        assert open_.tolist() == np.flatnonzero(plan.fate == 2).tolist()
-        target, margin = oracle.match(k[:, head], kept, open_, modality, rho >= policy.theta)
-        differs = target != plan.target
-        assert not (differs & (margin > 1e-5)).any(), "another pivot is clearly nearer"
-        assert differs.sum() <= 2
-        target = plan.target.astype(np.int64)
-        assert (plan.target[kept] == kept).all()
-        if rho < policy.theta:
-            folded = target >= 0
-            assert (modality[folded] == modality[target[folded]]).all()
+        assert (plan.segment == segment).all()
+        assert (plan.modality == modality).all()
+        score = oracle.pool(scores[head], segment, policy.neighbours, policy.pool == "max")
+        np.testing.assert_allclose(plan.score, score, rtol=scoring, atol=1e-5)
+
+        kept, target = kept_of(plan), plan.target.astype(np.int64)
+        assert len(kept) == budget
+        score = plan.score.astype(np.float64)
+        key = k[:, head]
+        if policy.select == "mosaic":
+            differs = target != oracle.mosaic(key, score, modality, segment, budget, p)
+            assert differs.mean() < 0.02, "only near ties of distances may differ"
+            assert not (segment[target[target >= 0]] != segment[target >= 0]).any()
+        elif policy.select == "runs":
+            differs = target != oracle.runs(key, score, segment, budget, p)
+            assert differs.mean() < 0.02
+        else:
+            expected_kept, open_ = oracle.select(score, modality, budget, p)
+            assert kept.tolist() == expected_kept.tolist()
+            across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
+            if policy.match == "none":
+                open_ = open_[:0]
+            expected_target, margin = oracle.match(key, kept, open_, None if across else modality)
+            similarity = oracle.cosine(key, expected_target)
+            expected_target = oracle.limit(expected_target, kept, similarity, p)
+            differs = target != expected_target
+            threshold = policy.fold == "exp"  # a cosine at the threshold may fall on either side
+            assert not (differs & (margin > 1e-5)).any() or (threshold and differs.sum() <= 2)
+            assert differs.sum() <= 2
+
         mass = before.mass[:, head].astype(np.float64)
+        weight = oracle.weights(target, kept, mass, oracle.cosine(key, target), policy.fold)
         np.testing.assert_allclose(
-            after.k[:, head], oracle.fold(k[:, head], target, kept, mass),
-            atol=rounding * np.abs(k).max(),
-        )
-        np.testing.assert_allclose(
-            after.v[:, head], oracle.fold(v[:, head], target, kept, mass),
+            after.v[unused:, head], oracle.fold(v[:, head], target, kept, weight),
             atol=rounding * np.abs(v).max(),
-        )
-        counts = np.array([(target == p).sum() for p in kept])
-        assert after.mass[:, head].tolist() == counts.tolist()
+        )  # fmt: skip
+        moved = oracle.fold(key, target, kept, weight) if policy.keys == "move" else key[kept]
+        np.testing.assert_allclose(after.k[unused:, head], moved, atol=rounding * np.abs(k).max())
+        counts = np.array([(target == pivot).sum() for pivot in kept])
+        assert after.mass[unused:, head].tolist() == counts.tolist()
         assert counts.sum() == (target >= 0).sum()
-        np.testing.assert_allclose(after.bias[:, head], np.log(counts), atol=1e-6)
-        assert after.order[:, head].tolist() == kept.tolist()
+        of_head = values[:, head * group : (head + 1) * group].reshape(-1, n)
+        bias = oracle.biases(
+            target, kept, mass, score, weight, of_head, policy.bias, policy.keys
+        )
+        np.testing.assert_allclose(after.bias[unused:, head], bias, atol=scoring * 3, rtol=scoring)
+        assert after.order[unused:, head].tolist() == kept.tolist()
+        # what the layer does not use is not seen
+        assert (after.mass[:unused, head] == 0).all()
+        assert np.isneginf(after.bias[:unused, head]).all()

@@ -110,6 +110,7 @@ enum kvmerge_fold {
     KVMERGE_FOLD_WEIGHTED = 2, // members by their similarity to the pivot (LOOK-M)
     KVMERGE_FOLD_EXP      = 3, // members by exp(similarity - 1) (D2O)
     KVMERGE_FOLD_GAUSSIAN = 4, // members by a Gaussian of their distance to the pivot (KVMerger)
+    KVMERGE_FOLD_SCORE    = 5, // all by their score: with keys kept and bias MASS the proxies' output is reproduced
 };
 
 // bias: what is added to a pivot's attention logit so that it weighs what it stands for
@@ -201,7 +202,8 @@ KVMERGE_API int32_t kvmerge_attach(
 // Detach the engine: nothing more is observed or merged. Merged cells keep their bias and stay valid. NULL is allowed.
 KVMERGE_API void kvmerge_detach(struct kvmerge_engine * engine);
 
-// Change the policy. n_window and n_flow_rows size buffers and cannot change after attaching (ARGUMENT).
+// Change the policy. n_window and n_flow_rows size buffers and cannot change after attaching (ARGUMENT); a score over all
+// queries has to be chosen when attaching.
 KVMERGE_API int32_t kvmerge_set_params(struct kvmerge_engine * engine, const struct kvmerge_params * params);
 
 // Tokens decoded between begin and end belong to one new segment of this modality (IMAGE or AUDIO).

@@ -1,5 +1,6 @@
 #include "kvmerge-attn.h"
 
+#include "kvmerge-accumulate.h"
 #include "kvmerge-engine.h"
 
 #include "llama-batch.h"
@@ -126,6 +127,12 @@ ggml_tensor * kvmerge_build_attn(
 
         if (engine->is_attached) {
             build_observe(graph, engine, *layer, q);
+
+            if (layer->sum) {
+                ggml_tensor * mask = engine->has_bias ? build_mask_per_head(graph, *layer, kq_mask) : kq_mask;
+
+                kvmerge_build_accumulate(graph, *layer, q, k, mask, kq_scale, engine->logit_softcap);
+            }
         }
     }
 

@@ -20,3 +20,6 @@ ggml_tensor * kvmerge_build_attn(
                   ggml_tensor   * v_mla,
                         float     kq_scale,
                           int     il);
+
+// Nodes that the engine of a context's memory adds to a graph at most; 0 without one.
+uint32_t kvmerge_n_nodes(const struct llama_memory_i * memory, uint32_t n_tokens);

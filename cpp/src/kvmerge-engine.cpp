@@ -1,6 +1,8 @@
 #include "kvmerge-engine.h"
 
+#include "kvmerge-accumulate.h"
 #include "kvmerge-allocate.h"
+#include "kvmerge-attn.h"
 #include "kvmerge-error.h"
 #include "kvmerge-fold.h"
 #include "kvmerge-match.h"
@@ -28,23 +30,27 @@
 //
 
 // the part of a context's memory that grows with every token and can be merged
-static llama_kv_cache * find_cache(llama_context * lctx) {
-    llama_memory_t memory = lctx->get_memory();
-
-    if (auto * cur = dynamic_cast<llama_kv_cache *>(memory)) {
-        return cur;
+static llama_kv_cache * find_cache(const llama_memory_i * memory) {
+    if (auto * cur = dynamic_cast<const llama_kv_cache *>(memory)) {
+        return const_cast<llama_kv_cache *>(cur);
     }
-    if (auto * cur = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+    if (auto * cur = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
         return cur->get_base();
     }
-    if (auto * cur = dynamic_cast<llama_memory_hybrid *>(memory)) {
+    if (auto * cur = dynamic_cast<const llama_memory_hybrid *>(memory)) {
         return cur->get_mem_attn();
     }
-    if (auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+    if (auto * cur = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
         return cur->get_mem_attn()->get_base();
     }
 
     return nullptr;
+}
+
+uint32_t kvmerge_n_nodes(const llama_memory_i * memory, uint32_t n_tokens) {
+    const llama_kv_cache * cache = find_cache(memory);
+
+    return cache && cache->get_merge() ? cache->get_merge()->n_nodes(n_tokens) : 0;
 }
 
 static kvmerge_status check_params(const kvmerge_params & params) {
@@ -58,11 +64,11 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         const char * name;
         double value, min, max;
     } ranges[] = {
-        { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_POSITION   },
+        { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
         { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_ENTROPY },
         { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
         { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
-        { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_GAUSSIAN    },
+        { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_SCORE       },
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
         { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },
         { "n_window",    (double) params.n_window,    1,                        256                      },
@@ -103,7 +109,7 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
         return status;
     }
 
-    llama_kv_cache * cache = find_cache(lctx);
+    llama_kv_cache * cache = find_cache(lctx->get_memory());
 
     if (!cache) {
         return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED,
@@ -138,6 +144,9 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
     }
 
     *out = cache->merge.get();
+
+    // the graphs are larger with an engine: the context makes room at the next decode
+    lctx->sched_reserve_later();
 
     return KVMERGE_OK;
 }
@@ -189,7 +198,7 @@ kvmerge_status kvmerge_engine::init_layers() {
         auto & ctx = ctx_map[buft];
         if (!ctx) {
             ggml_init_params ctx_params = {
-                /*.mem_size   =*/ 2*cache.layers.size()*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 3*cache.layers.size()*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             };
@@ -234,6 +243,11 @@ kvmerge_status kvmerge_engine::init_layers() {
         ggml_format_name(layer.q,    "kvmerge_q_l%d",    layer.il);
         ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
 
+        if (params.score == KVMERGE_SCORE_ALL) {
+            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache.get_size(), layer.n_head_kv);
+            ggml_format_name(layer.sum, "kvmerge_sum_l%d", layer.il);
+        }
+
         layer.mask_per_head = !dev || supports_mask_per_head(dev, layer, flash_attn);
 
         layers.push_back(layer);
@@ -272,6 +286,9 @@ kvmerge_status kvmerge_engine::set_params(const kvmerge_params & params_new) {
     }
     if (params_new.n_window != params.n_window || params_new.n_flow_rows != params.n_flow_rows) {
         return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_window (%d) and n_flow_rows (%d) cannot change after attaching", params.n_window, params.n_flow_rows);
+    }
+    if (params_new.score == KVMERGE_SCORE_ALL && !layers[0].sum) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "a score over all queries has to be chosen when attaching: what was not added up cannot be had later");
     }
 
     params = params_new;
@@ -356,14 +373,13 @@ void kvmerge_engine::on_clear() {
 
     std::fill(is_merged.begin(), is_merged.end(), 0);
 
-    // the bias of free cells has to be zero: they are going to hold plain tokens
+    // bias and sums of free cells have to be zero: they are going to hold plain tokens
+    for (auto & [ctx, buf] : ctxs_bufs) {
+        ggml_backend_buffer_clear(buf.get(), 0);
+    }
     if (has_bias) {
         has_bias = false;
         version++;
-
-        for (auto & [ctx, buf] : ctxs_bufs) {
-            ggml_backend_buffer_clear(buf.get(), 0);
-        }
     }
 
     media.is_open = false;
@@ -402,6 +418,9 @@ bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
             if (cells.seq_count(idx) == 1 && is_merged[idx]) {
                 is_merged[idx] = 0;
                 freed_bias = true;
+            }
+            if (cells.seq_count(idx) == 1) {
+                clear_sum(idx);
             }
             n_seen = std::min(n_seen, tokens[idx].order);
             removed[tokens[idx].modality]++;
@@ -443,6 +462,70 @@ kvmerge_layer * kvmerge_engine::find_layer(const ggml_tensor * k) {
     }
 
     return nullptr;
+}
+
+uint32_t kvmerge_engine::n_nodes(uint32_t n_tokens) const {
+    uint32_t res = 0;
+
+    for (const auto & layer : layers) {
+        res += 16 + 24*layer.n_head_kv; // observing, and one attention per KV head
+
+        if (layer.sum) {
+            res += 24*(1 + n_tokens/KVMERGE_SUM_ROWS);
+        }
+    }
+
+    return res;
+}
+
+void kvmerge_engine::load_sums(size_t l, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans_layer) const {
+    const ggml_tensor * sum = layers[l].sum;
+
+    std::vector<float> values(ggml_nelements(sum));
+    ggml_backend_tensor_get(sum, values.data(), 0, ggml_nbytes(sum));
+
+    for (size_t h = 0; h < plans_layer.size(); ++h) {
+        for (size_t i = 0; i < cells.size(); ++i) {
+            plans_layer[h].score[i] = values[h*sum->ne[0] + cells[i]];
+        }
+    }
+}
+
+void kvmerge_engine::store_sums(size_t l, const std::vector<uint32_t> & cells, int32_t n_cells) {
+    const ggml_tensor * sum = layers[l].sum;
+
+    std::vector<float> values(ggml_nelements(sum));
+    ggml_backend_tensor_get(sum, values.data(), 0, ggml_nbytes(sum));
+
+    std::vector<float> before(cells.size());
+
+    for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+        const auto & plan = plans[l][h];
+
+        float * row = values.data() + h*sum->ne[0];
+
+        for (size_t i = 0; i < cells.size(); ++i) {
+            before[i]     = row[cells[i]];
+            row[cells[i]] = 0;
+        }
+
+        const int32_t offset = n_cells - plan.kept.size();
+        for (size_t c = 0; c < plan.kept.size(); ++c) {
+            row[cells[offset + c]] = before[plan.kept[c]];
+        }
+    }
+
+    ggml_backend_tensor_set(layers[l].sum, values.data(), 0, ggml_nbytes(sum));
+}
+
+void kvmerge_engine::clear_sum(uint32_t idx) {
+    const float zero = 0;
+
+    for (auto & layer : layers) {
+        for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
+            ggml_backend_tensor_set(layer.sum, &zero, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+        }
+    }
 }
 
 size_t kvmerge_engine::n_head_kv_max() const {
@@ -495,6 +578,18 @@ void kvmerge_engine::upload_bias(size_t l) {
     }
 }
 
+// bytes of the context's compute buffers
+static size_t compute_size(const llama_context * lctx) {
+    ggml_backend_sched_t sched = lctx->get_sched();
+
+    size_t res = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        res += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
+    }
+
+    return res;
+}
+
 kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
     if (seq_id < 0 || (size_t) seq_id >= sequences.size()) {
         return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "seq_id is %d, accepted is 0 to %zu", seq_id, sequences.size() - 1);
@@ -522,8 +617,15 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = { seq_id, n_cells, KVMERGE_OK };
 
+    const size_t size_before = compute_size(lctx);
+
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
     lctx->memory_update(true);
+
+    // give back the scratch of the merge
+    if (compute_size(lctx) > size_before) {
+        lctx->sched_reserve_later();
+    }
 
     const kvmerge_status status = pending.status;
 
@@ -579,6 +681,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
         } else if (!kvmerge_score_layer(graph, *this, layers[l], seq_id, sequences[seq_id].n_seen, cells, plans_new[l], flows_new[l]) || !graph.run()) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to score layer %d", layers[l].il);
         }
+
+        if (params.score == KVMERGE_SCORE_ALL) {
+            load_sums(l, cells, plans_new[l]);
+        }
     }
 
     const int64_t t_score = ggml_time_us();
@@ -594,7 +700,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
 
     size_t n_after = 0; // cells of the layer that keeps most
 
-    const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 || params.fold >= KVMERGE_FOLD_WEIGHTED;
+    const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 ||
+        params.fold == KVMERGE_FOLD_WEIGHTED || params.fold == KVMERGE_FOLD_EXP || params.fold == KVMERGE_FOLD_GAUSSIAN;
 
     // select and match
     for (size_t l = 0; l < layers.size(); ++l) {
@@ -648,6 +755,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
     flows = std::move(flows_new);
 
     compact(seq_id, cells, n_after);
+
+    for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
+        store_sums(l, cells, n_after);
+    }
 
     const int64_t t_end = ggml_time_us();
 

@@ -16,6 +16,8 @@
 #include <vector>
 
 class  llama_kv_cache;
+class  llama_io_read_i;
+class  llama_io_write_i;
 struct llama_context;
 struct llama_ubatch;
 
@@ -33,6 +35,7 @@ struct kvmerge_layer {
 
     ggml_tensor * q;    // F32     [n_embd_head_k*n_head, n_slots] observed queries
     ggml_tensor * bias; // F16/F32 [kv_size, n_head_kv]            the type of the attention mask
+    ggml_tensor * sum;  // F32     [kv_size, n_head_kv]            attention from all queries; KVMERGE_SCORE_ALL only
 
     bool mask_per_head; // the backend's attention takes a mask per head
 
@@ -65,6 +68,11 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
     bool on_update(llama_context * lctx);
 
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
+
+    // cells: where the saved cells were placed, in the order in which they were written; throws like llama_kv_cache
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells);
+
     bool is_pending() const { return pending.n_cells > 0; }
 
     //
@@ -76,6 +84,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     // cells of a sequence, in the order of their tokens
     std::vector<uint32_t> sequence_cells(llama_seq_id seq_id) const;
+
+    // nodes that the engine adds to the model's graph at most
+    uint32_t n_nodes(uint32_t n_tokens) const;
 
     // the layer whose K a graph's view shows, nullptr if there is none
     kvmerge_layer * find_layer(const ggml_tensor * k);
@@ -120,6 +131,11 @@ private:
     void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
 
     void upload_bias(size_t layer);
+
+    // the attention that the cells got from all queries: into plan.score, and back for the merged cells
+    void load_sums (size_t layer, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) const;
+    void store_sums(size_t layer, const std::vector<uint32_t> & cells, int32_t n_cells);
+    void clear_sum (uint32_t idx);
 
     // per cell: what was written there; valid for every layer and head until the cell is merged
     std::vector<kvmerge_cell> tokens; // [kv_size]

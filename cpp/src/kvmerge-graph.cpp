@@ -57,7 +57,9 @@ bool kvmerge_graph::run() {
 
         ggml_backend_sched_reset(sched);
 
-        ok = ggml_backend_sched_alloc_graph(sched, gf);
+        // Plan the buffers anew: allocating alone keeps the plan of the graph before when the number of nodes is the same,
+        // with whatever that one could do in place.
+        ok = ggml_backend_sched_reserve(sched, gf) && ggml_backend_sched_alloc_graph(sched, gf);
 
         if (ok) {
             for (const auto & inp : inputs) {

@@ -97,6 +97,12 @@ void kvmerge_observer::copy(int32_t seq_src, int32_t seq_dst) {
     std::copy_n(counts.begin() + seq_src*n_modalities, n_modalities, counts.begin() + seq_dst*n_modalities);
 }
 
+void kvmerge_observer::restore(int32_t seq, const int64_t * counts_new) {
+    clear(seq);
+
+    std::copy_n(counts_new, n_modalities, counts.begin() + seq*n_modalities);
+}
+
 void kvmerge_observer::truncate(int32_t seq, int32_t n_seen, const int64_t * removed) {
     for (int32_t i = 0; i < n_slots_seq(); ++i) {
         auto & row = rows[seq*n_slots_seq() + i];

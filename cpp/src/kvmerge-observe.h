@@ -51,6 +51,12 @@ public:
 
     const kvmerge_row & row(int32_t slot) const { return rows[slot]; }
 
+    // for saved states
+    int32_t n_slots_seq() const { return n_ring() + n_modalities*n_samples; }
+    int32_t first_slot(int32_t seq) const { return seq*n_slots_seq(); }
+    void    restore(int32_t seq, const int64_t * counts);
+    void    set_row(int32_t slot, const kvmerge_row & row) { rows[slot] = row; }
+
     void clear(int32_t seq);
     void copy (int32_t seq_src, int32_t seq_dst); // forgets what seq_dst had observed; counts are copied, rows are not
 
@@ -58,8 +64,7 @@ public:
     void truncate(int32_t seq, int32_t n_seen, const int64_t * removed);
 
 private:
-    int32_t n_ring()      const { return 2*n_window; } // some tail may be removed and the window still be full
-    int32_t n_slots_seq() const { return n_ring() + n_modalities*n_samples; }
+    int32_t n_ring() const { return 2*n_window; } // some tail may be removed and the window still be full
 
     const int32_t n_window;
     const int32_t n_samples;

@@ -165,6 +165,10 @@ void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params) {
                 // of unit keys: their squared distance is 2 - 2 cos; sigma^2 = 1/2
                 w = p == i ? 1 : std::exp(-2.0*(1.0 - plan.similarity[i]));
                 break;
+            case KVMERGE_FOLD_SCORE:
+                // the score is the attention of the whole cell: its mass is in it
+                w = std::max(1e-12f, plan.score[i])/plan.cells[i].mass;
+                break;
         }
 
         plan.weight[i] = w*plan.cells[i].mass;

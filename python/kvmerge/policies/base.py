@@ -32,9 +32,9 @@ class Policy:
         Where a token that is not kept may be folded: into any kept one where much attention
         crosses modalities and else into one of its modality; into any; into one of its modality;
         into one of its own picture or stretch of text; or nowhere.
-    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}
         The weights in the mean of a group: equal; each member half and the kept token the rest;
-        by similarity; by its exponential; or by a Gaussian of the distance.
+        by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.
     bias : {"count", "none", "mass", "fit"}
         What is added to the attention logit of a token that stands for others: the logarithm of
         how many, nothing, or what the window's queries say that the group weighs, before or after

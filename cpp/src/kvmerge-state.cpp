@@ -1,0 +1,240 @@
+// The engine's part of a saved state: what the cells stand for, and the observed queries.
+//
+// It follows the cells of llama_kv_cache in the same stream, and only when an engine is attached: without one the format
+// is llama.cpp's own.
+
+#include "kvmerge-engine.h"
+
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
+static constexpr uint32_t STATE_VERSION = 1;
+
+template <typename T>
+static void write(llama_io_write_i & io, const T & value) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    io.write(&value, sizeof(value));
+}
+
+template <typename T>
+static T read(llama_io_read_i & io) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    T value;
+    io.read(&value, sizeof(value));
+    return value;
+}
+
+[[noreturn]] static void refuse(const std::string & reason) {
+    throw std::runtime_error("the saved state of merged cells cannot be used: " + reason);
+}
+
+static void write_cell(llama_io_write_i & io, const kvmerge_cell & cell) {
+    write(io, cell.order);
+    write(io, cell.segment);
+    write(io, cell.mass);
+    write(io, cell.bias);
+    write(io, cell.modality);
+}
+
+static kvmerge_cell read_cell(llama_io_read_i & io) {
+    kvmerge_cell cell;
+
+    cell.order    = read<int32_t>(io);
+    cell.segment  = read<int32_t>(io);
+    cell.mass     = read<float>  (io);
+    cell.bias     = read<float>  (io);
+    cell.modality = read<uint8_t>(io);
+
+    if (cell.modality >= kvmerge_observer::n_modalities || !(cell.mass >= 0) || std::isnan(cell.bias) || cell.order < -1) {
+        refuse("a cell is damaged");
+    }
+
+    return cell;
+}
+
+void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+    const auto & table = cache.get_cells(0);
+
+    std::vector<uint32_t> cells;
+    for (uint32_t i = 0; i < table.size(); ++i) {
+        if (!table.is_empty(i) && (seq_id == -1 || table.seq_has(i, seq_id))) {
+            cells.push_back(i);
+        }
+    }
+
+    write(io, STATE_MAGIC);
+    write(io, STATE_VERSION);
+    write(io, params.n_window);
+    write(io, params.n_flow_rows);
+    write(io, layers[0].sum != nullptr);
+    write(io, (uint32_t) layers.size());
+    for (const auto & layer : layers) {
+        write(io, layer.n_head);
+        write(io, layer.n_head_kv);
+        write(io, layer.n_embd_head_k);
+    }
+
+    write(io, (uint32_t) cells.size());
+    for (uint32_t idx : cells) {
+        write_cell(io, tokens[idx]);
+        write(io, is_merged[idx]);
+
+        for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
+            for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+                write_cell(io, merged[l][h][idx]);
+            }
+        }
+    }
+
+    for (const auto & layer : layers) {
+        for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
+            for (uint32_t idx : cells) {
+                io.write_tensor(layer.sum, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+            }
+        }
+    }
+
+    const int32_t first = seq_id < 0 ? 0                : seq_id;
+    const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
+
+    write(io, last - first);
+    for (int32_t s = first; s < last; ++s) {
+        const auto & cur = sequences[s];
+
+        write(io, cur.n_seen);
+        write(io, cur.segment);
+        write(io, cur.modality);
+        write(io, cur.pos_merged);
+
+        for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+            write(io, observer.count(s, m));
+        }
+
+        // only the rows that a merge would use
+        auto slots = observer.window(s, cur.n_seen);
+        for (int32_t slot : observer.samples(s, cur.n_seen)) {
+            slots.push_back(slot);
+        }
+
+        write(io, (uint32_t) slots.size());
+        for (int32_t slot : slots) {
+            write(io, slot - observer.first_slot(s));
+            write(io, observer.row(slot).order);
+            write(io, observer.row(slot).modality);
+        }
+        for (const auto & layer : layers) {
+            for (int32_t slot : slots) {
+                io.write_tensor(layer.q, slot*layer.q->nb[1], layer.q->nb[1]);
+            }
+        }
+    }
+}
+
+void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells) {
+    if (read<uint32_t>(io) != STATE_MAGIC) {
+        refuse("it was saved without merging");
+    }
+    if (const auto found = read<uint32_t>(io); found != STATE_VERSION) {
+        refuse("its version is " + std::to_string(found) + ", accepted is " + std::to_string(STATE_VERSION));
+    }
+    if (read<int32_t>(io) != params.n_window || read<int32_t>(io) != params.n_flow_rows || read<bool>(io) != (layers[0].sum != nullptr)) {
+        refuse("it was saved with another policy (window, flow rows or score over all queries)");
+    }
+    if (read<uint32_t>(io) != layers.size()) {
+        refuse("it is of another model (number of layers)");
+    }
+    for (const auto & layer : layers) {
+        if (read<int32_t>(io) != layer.n_head || read<int32_t>(io) != layer.n_head_kv || read<int32_t>(io) != layer.n_embd_head_k) {
+            refuse("it is of another model (heads of layer " + std::to_string(layer.il) + ")");
+        }
+    }
+    if (const auto found = read<uint32_t>(io); found != cells.size()) {
+        refuse("it describes " + std::to_string(found) + " cells of " + std::to_string(cells.size()));
+    }
+
+    for (uint32_t idx : cells) {
+        tokens[idx]    = read_cell(io);
+        is_merged[idx] = read<uint8_t>(io) != 0;
+
+        for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
+            for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+                auto & dst = merged[l][h];
+
+                dst.resize(std::max<size_t>(dst.size(), idx + 1));
+                dst[idx] = read_cell(io);
+
+                has_bias = has_bias || dst[idx].bias != 0.0f;
+            }
+        }
+    }
+
+    for (auto & layer : layers) {
+        for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
+            for (uint32_t idx : cells) {
+                io.read_tensor(layer.sum, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+            }
+        }
+    }
+
+    const int32_t first = seq_id < 0 ? 0                : seq_id;
+    const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
+
+    if (read<int32_t>(io) != last - first) {
+        refuse("it is of another number of sequences");
+    }
+
+    for (int32_t s = first; s < last; ++s) {
+        auto & cur = sequences[s];
+
+        cur.n_seen     = read<int32_t>  (io);
+        cur.segment    = read<int32_t>  (io);
+        cur.modality   = read<uint8_t>  (io);
+        cur.pos_merged = read<llama_pos>(io);
+
+        int64_t counts[kvmerge_observer::n_modalities];
+        for (auto & count : counts) {
+            count = read<int64_t>(io);
+        }
+        if (cur.n_seen < 0 || cur.modality >= kvmerge_observer::n_modalities) {
+            refuse("a sequence is damaged");
+        }
+
+        const auto n_rows = read<uint32_t>(io);
+        if (n_rows > (uint32_t) observer.n_slots_seq()) {
+            refuse("the number of observed queries is damaged");
+        }
+
+        observer.restore(s, counts);
+
+        std::vector<int32_t> slots;
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            const auto slot     = read<int32_t>(io);
+            const auto order    = read<int32_t>(io);
+            const auto modality = read<uint8_t>(io);
+
+            if (slot < 0 || slot >= observer.n_slots_seq() || order < 0 || modality >= kvmerge_observer::n_modalities) {
+                refuse("an observed query is damaged");
+            }
+
+            slots.push_back(observer.first_slot(s) + slot);
+            observer.set_row(slots.back(), { order, modality });
+        }
+        for (const auto & layer : layers) {
+            for (int32_t slot : slots) {
+                io.read_tensor(layer.q, slot*layer.q->nb[1], layer.q->nb[1]);
+            }
+        }
+    }
+
+    for (size_t l = 0; l < layers.size(); ++l) {
+        upload_bias(l);
+    }
+
+    version++;
+}

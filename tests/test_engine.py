@@ -1,0 +1,291 @@
+"""What the engine promises, seen through the C API and the model's logits."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
+
+from kvmerge.errors import KVMergeError
+from kvmerge.policies import PRESETS, FlowMM, Mosaic, Policy
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random.gguf"
+    return write_random_model(path, Shape(layers=2), seed=3)
+
+
+def read(session: Session, seed: int = 0, n_text: int = 60) -> np.ndarray:
+    """Text, a picture, text; returns the logits after it."""
+    rng = np.random.default_rng(seed)
+    session.decode(rng.integers(0, 512, 20).tolist())
+    assert session.engine
+    with session.engine.media("image"):
+        session.decode(embeddings=rng.standard_normal((64, session.n_embd)))
+    return session.decode(rng.integers(0, 512, n_text).tolist())
+
+
+def merging(policy: Policy) -> dict[str, object]:
+    return policy.engine_params()
+
+
+def test_cells_fall_and_are_packed_low(model: Path) -> None:
+    with Session(model, merge={}) as session:
+        read(session)
+        session.engine.merge(30)
+        assert session.engine.n_cells() == 30
+        assert session.engine.n_tokens() == 144
+        # the next token takes the first free cell, so 31 are held and no more are looked at
+        session.decode([5])
+        assert session.engine.n_cells() == 31
+        assert session.engine.n_tokens() == 145
+
+
+def test_budget_of_everything_changes_nothing(model: Path) -> None:
+    with Session(model, merge={}) as merged, Session(model) as plain:
+        merged.engine.merge(1) if merged.engine.n_cells() else None
+        read(merged)
+        merged.engine.merge(144)
+        rng = np.random.default_rng(0)
+        plain.decode(rng.integers(0, 512, 20).tolist())
+        plain.decode(embeddings=rng.standard_normal((64, plain.n_embd)))
+        plain.decode(rng.integers(0, 512, 60).tolist())
+        assert (merged.decode([7]) == plain.decode([7])).all()
+
+
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_merged_attention_is_that_of_its_cells(model: Path, flash_attention: bool) -> None:
+    """Few tokens at once take a mask per head, many take one head at a time: the same result."""
+    rng = np.random.default_rng(1)
+    more = rng.integers(0, 512, 40).tolist()
+    results = []
+    for batches in ([more[:8], more[8:16], more[16:24], more[24:32], more[32:]], [more]):
+        with Session(
+            model, merge=merging(FlowMM()), flash_attention=flash_attention, cache_type="f32"
+        ) as session:
+            read(session)
+            session.engine.merge(40)
+            results.append([session.decode(batch) for batch in batches][-1])
+    np.testing.assert_allclose(results[0], results[1], atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["flowmm", "mosaic", "evict", "h2o", "pyramid"])
+def test_merging_again_conserves_mass(model: Path, name: str) -> None:
+    policy = PRESETS[name]
+    with Session(model, merge=merging(policy)) as session:
+        read(session)
+        session.engine.merge(60)
+        first = session.engine.read_cells(0)
+        session.decode(list(range(30)))
+        session.engine.merge(50)
+        second = session.engine.read_cells(0)
+        for head in range(2):
+            plan = session.engine.plan(0, head)
+            dropped = (plan.target < 0) & (plan.order >= 0)
+            held = first.mass[:, head].sum() + 30
+            lost = np.concatenate([first.mass[:, head], np.ones(30)])[dropped].sum()
+            assert second.mass[:, head].sum() == pytest.approx(held - lost)
+        kept = second.order[second.mass > 0]
+        assert kept.min() >= 0
+        assert kept.max() == session.engine.n_tokens() - 1
+        for head in range(2):
+            order = second.order[second.mass[:, head] > 0, head]
+            assert (np.diff(order) > 0).all(), "unique and in order"
+        assert np.isfinite(session.decode([3])).all()
+
+
+def test_folding_twice_with_one_partition_is_folding_once(model: Path) -> None:
+    """A cell that was merged before counts with its mass: the mean is that of all its tokens."""
+    with Session(model, merge=merging(FlowMM(bias="count", tau=1.0)), cache_type="f32") as session:
+        read(session)
+        original = session.engine.read_cells(0)
+        session.engine.merge(60)
+        plans = [session.engine.plan(0, head) for head in range(2)]
+        session.engine.merge(25)
+        after = session.engine.read_cells(0)
+        for head in range(2):
+            first, second = plans[head], session.engine.plan(0, head)
+            kept = np.flatnonzero(first.fate >= 2)
+            place = {cell: i for i, cell in enumerate(kept)}
+            twice = np.array(
+                [second.target[place[t]] if t >= 0 else -1 for t in first.target]
+            )
+            for i, pivot in enumerate(np.flatnonzero(second.fate >= 2)):
+                members = twice == pivot
+                value = original.v[members, head].mean(axis=0)
+                np.testing.assert_allclose(after.v[i, head], value, atol=1e-4)
+                assert after.mass[i, head] == members.sum()
+                assert after.bias[i, head] == pytest.approx(np.log(members.sum()), abs=1e-5)
+
+
+def test_one_proxy_reproduces_full_attention(tmp_path: Path) -> None:
+    """Attention-consistent folding is exact for the query it was measured on."""
+    # with one query head a KV head: a group of heads shares one weight
+    model = write_random_model(tmp_path / "mha.gguf", Shape(layers=2, heads=2), seed=9)
+    policy = Policy(window=1, sinks=0, tau=1.0, match="any", keys="keep", fold="score", bias="mass")
+    with Session(model, merge=merging(policy), cache_type="f32", flash_attention=False) as session:
+        read(session)
+        layers = range(2)
+        queries = [session.engine.read_queries(layer) for layer in layers]
+        before = [session.engine.read_cells(layer) for layer in layers]
+        session.engine.merge(120)
+        for layer in layers:
+            proxy = queries[layer].proxy
+            assert proxy.sum() == 1
+            q = queries[layer].q[proxy].astype(float)
+            after = session.engine.read_cells(layer)
+            assert 0 < after.bias.max() < 3, "a bias at its limit would not be exact"
+
+            def output(cells, bias, q=q, scale=queries[layer].scale):
+                values = oracle.logits(q, cells.k.astype(float), scale)
+                everything = np.zeros(len(cells.k)), np.zeros(1)
+                weights = oracle.attention(values, everything[1], everything[0], bias)
+                return np.einsum("rhn,nhd->rhd", weights, cells.v)
+
+            full = output(before[layer], None)
+            np.testing.assert_allclose(output(after, after.bias), full, atol=1e-3)
+            evicted = output(after, None)
+            assert np.abs(evicted - full).max() > 1e-3, "the bias matters here"
+
+
+def test_a_removal_that_cuts_into_merged_cells_is_refused(model: Path) -> None:
+    with Session(model, merge=merging(FlowMM(window=8))) as session:
+        logits = read(session)
+        session.engine.merge(30)
+        cells = session.engine.n_cells()
+        assert not session.remove(100, -1)
+        assert not session.remove(0, 10)
+        assert session.engine.n_cells() == cells
+        # the window is whole, so a tail inside it goes, and comes back as it was
+        expected = session.decode([9], position=144)
+        assert session.remove(144, -1)
+        assert session.remove(140, -1)
+        assert session.engine.n_cells() == cells - 4
+        rng = np.random.default_rng(0)
+        rng.integers(0, 512, 20)
+        rng.standard_normal((64, session.n_embd))
+        tail = rng.integers(0, 512, 60).tolist()[-4:]
+        session.decode(tail, position=140)
+        again = session.decode([9], position=144)
+        # the tail was read over the merged cells now, before it was read over all tokens
+        assert again.argmax() == expected.argmax() or np.abs(again - expected).max() < 5
+        assert session.remove(-1, -1)
+        assert session.engine.n_cells() == 0
+        session.position = 0
+        # after everything was removed the cache is as new: no bias is left behind
+        assert (read(session) == logits).all()
+
+
+@pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o"])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_saved_states_answer_the_same(model: Path, name: str, cache_type: str) -> None:
+    policy = PRESETS[name]
+    with (
+        Session(model, merge=merging(policy), cache_type=cache_type) as first,
+        Session(model, merge=merging(policy), cache_type=cache_type) as second,
+    ):
+        read(first)
+        first.engine.merge(40)
+        first.decode(list(range(30)))
+        size = llama_cpp.llama_state_seq_get_size(first.context, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(first.context, buffer, size, 0) == size
+        read(second, seed=5)
+        assert llama_cpp.llama_state_seq_set_data(second.context, buffer, size, 0) == size
+        second.position = first.position
+        assert second.engine.n_cells() == first.engine.n_cells()
+        assert second.engine.n_tokens() == first.engine.n_tokens()
+        # merging goes on as if nothing had happened, with the queries that were observed
+        for session in (first, second):
+            session.engine.merge(35)
+        logits = [session.decode([11, 12, 13]) for session in (first, second)]
+        assert (logits[0] == logits[1]).all()
+
+
+def test_a_state_of_plain_cells_is_refused(model: Path) -> None:
+    with Session(model) as plain, Session(model, merge={}) as merged:
+        plain.decode(list(range(50)))
+        size = llama_cpp.llama_state_seq_get_size(plain.context, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        llama_cpp.llama_state_seq_get_data(plain.context, buffer, size, 0)
+        assert llama_cpp.llama_state_seq_set_data(merged.context, buffer, size, 0) == 0
+        assert merged.engine.n_cells() == 0
+
+
+def test_several_sequences(model: Path) -> None:
+    """A merge of one sequence leaves another alone; shared cells are refused."""
+    with Session(model, merge={}, n_seq_max=3) as session:
+        rng = np.random.default_rng(2)
+        one, two = rng.integers(0, 512, 80).tolist(), rng.integers(0, 512, 70).tolist()
+        session.decode(one[:40], sequence=0, position=0)
+        session.decode(two[:70], sequence=1, position=0)
+        session.decode(one[40:], sequence=0, position=40)
+        before = session.engine.read_cells(0, 1)
+        session.engine.merge(30, 0)
+        assert session.engine.n_cells(0) == 30
+        after = session.engine.read_cells(0, 1)
+        assert (before.k == after.k).all()
+        assert (before.v == after.v).all()
+        session.engine.merge(25, 1)
+        assert session.engine.n_cells(1) == 25
+        llama_cpp.llama_memory_seq_cp(session.memory, 1, 2, -1, -1)
+        with pytest.raises(KVMergeError, match="shares cells"):
+            session.engine.merge(20, 1)
+        assert np.isfinite(session.decode([1], sequence=2, position=70)).all()
+        assert session.remove(-1, -1, sequence=0)
+        assert session.engine.n_cells(0) == 0
+
+
+def test_no_picture_vanishes_from_a_mosaic(model: Path) -> None:
+    with Session(model, merge=merging(Mosaic(floor=2)), n_ctx=2048) as session:
+        rng = np.random.default_rng(4)
+        for _ in range(8):
+            session.decode(rng.integers(0, 512, 5).tolist())
+            # pictures of the same size one after the other, without text between two of them
+            for _ in range(2):
+                with session.engine.media("image"):
+                    session.decode(embeddings=rng.standard_normal((64, session.n_embd)))
+        session.decode(rng.integers(0, 512, 20).tolist())
+        session.engine.merge(60)
+        for layer in range(2):
+            for head in range(2):
+                plan = session.engine.plan(layer, head)
+                kept = plan.segment[(plan.fate >= 2) & (plan.modality == 1)]
+                pictures, counts = np.unique(kept, return_counts=True)
+                assert len(pictures) == 16
+                assert counts.min() >= 2
+                folded = plan.target >= 0
+                assert (plan.segment[plan.target[folded]] == plan.segment[folded]).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"n_window": 0}, "n_window is 0, accepted is 1 to 256"),
+        ({"theta": 1.5}, "theta is 1.5, accepted is 0 to 1"),
+        ({"tau": float("nan")}, "tau is"),
+        ({"match": 9}, "match is 9"),
+    ],
+)
+def test_bad_parameters(model: Path, params: dict[str, float], match: str) -> None:
+    with pytest.raises(KVMergeError, match=match):
+        Session(model, merge=params)
+
+
+def test_bad_calls(model: Path) -> None:
+    with Session(model, merge={}) as session:
+        read(session)
+        with pytest.raises(KVMergeError, match="n_cells is 0, accepted is 1 and more"):
+            session.engine.merge(0)
+        with pytest.raises(KVMergeError, match="seq_id is 7"):
+            session.engine.merge(10, 7)
+        with pytest.raises(KVMergeError, match="nothing was merged yet"):
+            session.engine.plan(0, 0)
+        with pytest.raises(KVMergeError, match="layer is 5"):
+            session.engine.read_cells(5)
