@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).resolve().parent / "stock"
+# The environment's own cmake and ninja serve when the machine has none.
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 def _vendor():
@@ -55,7 +57,7 @@ def stock_libraries() -> Path:
     for path in shared:
         if "ggml" in path.name or not with_mtmd:
             shutil.copy2(path, made / path.name)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     _run("cmake", "-S", SOURCE, "-B", work / "build", *generator, "-DCMAKE_BUILD_TYPE=Release",
          f"-DSTOCK_LLAMA_CPP_DIR={pristine}", f"-DSTOCK_LIB_DIR={made}",
          f"-DSTOCK_MTMD={'ON' if with_mtmd else 'OFF'}")  # fmt: skip
@@ -66,8 +68,17 @@ def stock_libraries() -> Path:
 
 
 def _run(*command) -> None:
-    command = [str(part) for part in command]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    program = shutil.which(command[0], path=PATH)
+    if program is None:
+        raise RuntimeError(f"The stock library needs {command[0]}: pip install {command[0]}.")
+    command = [program, *(str(part) for part in command[1:])]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PATH": PATH},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode != 0:
         tail = "\n".join(done.stdout.splitlines()[-40:])
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
