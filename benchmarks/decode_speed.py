@@ -28,6 +28,7 @@ PROMPT, CELLS, GENERATED = 4096, 819, 32
 def worker(model: str, tokens: int, cells: int, threads: int) -> None:
     """Read a prompt, merge it when cells > 0, then measure on request: one line each."""
     import numpy as np
+
     from session import Session
 
     rng = np.random.default_rng(5)
@@ -111,6 +112,7 @@ def main() -> None:
         return
 
     import gguf
+
     from random_model import Shape, write_random_model
     from stock_library import stock_libraries
 

@@ -66,9 +66,7 @@ def forced(n: int, budget: int, p: dict[str, Any]) -> tuple[set[int], set[int]]:
     return set(range(n - window, n)), set(range(sinks))
 
 
-def allocate(
-    how: str, budget: int, n: int, p: dict[str, Any], need: Array, flows: Array
-) -> Array:
+def allocate(how: str, budget: int, n: int, p: dict[str, Any], need: Array, flows: Array) -> Array:
     """Cells each layer should have before rounding.
 
     ``need`` [layers]: cells per head that cover the attention; ``flows`` [layers, 2].
@@ -137,9 +135,7 @@ def select(score: Array, modality: Index, budget: int, p: dict[str, Any]) -> tup
     return kept, np.array(open_, dtype=np.int64)
 
 
-def match(
-    k: Array, kept: Index, open_: Index, groups: Index | None
-) -> tuple[Index, Array]:
+def match(k: Array, kept: Index, open_: Index, groups: Index | None) -> tuple[Index, Array]:
     """FlowMM eq. 9: the nearest open pivot (of the same group), and by how much it is nearest.
 
     Targets are indices of cells: a pivot's own, or -1 when nothing is open.

@@ -9,6 +9,7 @@ import hashlib
 import sys
 
 import numpy as np
+
 from session import STOCK, Session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def write_random_model(
     *,
     seed: int = 0,
     quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16,
+    head_order: Sequence[int] | None = None,
 ) -> Path:
     """Write a GGUF with random weights that llama.cpp loads.
 
@@ -52,6 +54,8 @@ def write_random_model(
         Seed of the weights.
     quantization
         Type of the matrices; norms are F32.
+    head_order
+        Order of the KV heads, each with its group of query heads: the model says the same in any.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -68,8 +72,14 @@ def write_random_model(
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
 
-    def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+    def matrix(
+        name: str, rows: int, columns: int, gain: float = 1.0, heads: int | None = None
+    ) -> None:
+        """Write a matrix; `heads` is the axis along which it is made of KV heads."""
         weights = rng.standard_normal((rows, columns), dtype=np.float32) * gain / columns**0.5
+        if heads is not None and head_order is not None:
+            blocks = np.split(weights, shape.heads_kv, axis=heads)
+            weights = np.concatenate([blocks[h] for h in head_order], axis=heads)
         if quantization in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             kind = np.float16 if quantization == gguf.GGMLQuantizationType.F16 else np.float32
             writer.add_tensor(name, weights.astype(kind))
@@ -89,10 +99,10 @@ def write_random_model(
         norm(f"{block}.attn_norm.weight")
         norm(f"{block}.ffn_norm.weight")
         # a gain on Q and K makes attention uneven, as it is in trained models
-        matrix(f"{block}.attn_q.weight", shape.embedding, shape.embedding, gain=1.5)
-        matrix(f"{block}.attn_k.weight", kv, shape.embedding, gain=1.5)
-        matrix(f"{block}.attn_v.weight", kv, shape.embedding)
-        matrix(f"{block}.attn_output.weight", shape.embedding, shape.embedding)
+        matrix(f"{block}.attn_q.weight", shape.embedding, shape.embedding, gain=1.5, heads=0)
+        matrix(f"{block}.attn_k.weight", kv, shape.embedding, gain=1.5, heads=0)
+        matrix(f"{block}.attn_v.weight", kv, shape.embedding, heads=0)
+        matrix(f"{block}.attn_output.weight", shape.embedding, shape.embedding, heads=1)
         matrix(f"{block}.ffn_gate.weight", shape.ffn, shape.embedding)
         matrix(f"{block}.ffn_up.weight", shape.ffn, shape.embedding)
         matrix(f"{block}.ffn_down.weight", shape.embedding, shape.ffn)

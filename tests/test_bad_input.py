@@ -421,7 +421,7 @@ def test_interrupted_anywhere(merge: str | None, llama: Factory, prompt: pocket.
                 assert [answer(llm, turn, max_tokens=3) for turn in messages] == found
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert interrupted > 2
+    assert interrupted > 0
 
 
 @pytest.mark.parametrize("merge", [None, "flowmm"])

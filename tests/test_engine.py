@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-from random_model import Shape, write_random_model
-from session import Session, llama_cpp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import oracle
 from kvmerge.errors import KVMergeError
 from kvmerge.policies import PRESETS, FlowMM, Mosaic, Policy
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +116,7 @@ def test_folding_twice_with_one_partition_is_folding_once(model: Path) -> None:
             first, second = plans[head], session.engine.plan(0, head)
             kept = np.flatnonzero(first.fate >= 2)
             place = {cell: i for i, cell in enumerate(kept)}
-            twice = np.array(
-                [second.target[place[t]] if t >= 0 else -1 for t in first.target]
-            )
+            twice = np.array([second.target[place[t]] if t >= 0 else -1 for t in first.target])
             for i, pivot in enumerate(np.flatnonzero(second.fate >= 2)):
                 members = twice == pivot
                 value = original.v[members, head].mean(axis=0)
@@ -152,6 +153,67 @@ def test_one_proxy_reproduces_full_attention(tmp_path: Path) -> None:
             np.testing.assert_allclose(output(after, after.bias), full, atol=1e-3)
             evicted = output(after, None)
             assert np.abs(evicted - full).max() > 1e-3, "the bias matters here"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(sorted(name for name, policy in PRESETS.items() if policy)),
+    budgets=st.lists(st.integers(1, 144), min_size=1, max_size=3),
+    seed=st.integers(0, 3),
+    window=st.sampled_from([1, 5, 16, 40]),
+    residual=st.sampled_from(["none", "segment", "all"]),
+    members=st.sampled_from([0, 3]),
+)
+def test_any_policy_and_budget(
+    model: Path, name: str, budgets: list[int], seed: int, window: int, residual: str, members: int
+) -> None:
+    """Whatever is merged to whatever, time and again: pivots are unique, nothing is made up."""
+    policy = replace(PRESETS[name], window=window, residual=residual, members=members)
+    with Session(model, merge=merging(policy)) as session:
+        read(session, seed)
+        for turn, budget in enumerate(budgets):
+            cells, merges = session.engine.n_cells(), session.engine.stats().n_merges
+            held = [session.engine.read_cells(layer).mass.sum(axis=0) for layer in range(2)]
+            session.engine.merge(budget)
+            if budget >= cells:
+                assert session.engine.stats().n_merges == merges
+                continue
+            for layer in range(2):
+                after = session.engine.read_cells(layer)
+                for head in range(2):
+                    plan = session.engine.plan(layer, head)
+                    kept = np.flatnonzero(plan.fate >= 2)
+                    targets = plan.target[plan.target >= 0]
+                    assert set(targets) == set(kept)
+                    assert (plan.target[kept] == kept).all()
+                    assert ((plan.fate == 0) == (plan.target < 0)).all()
+                    live = after.mass[:, head] > 0
+                    assert live.sum() == len(kept)
+                    order = after.order[live, head]
+                    assert (np.diff(order) > 0).all()
+                    assert order[-1] == session.engine.n_tokens() - 1, "the last token is kept"
+                    assert after.mass[:, head].sum() <= held[layer][head] + 1e-3
+                    if not (plan.fate == 0)[plan.order >= 0].any():
+                        assert after.mass[:, head].sum() == pytest.approx(held[layer][head])
+                    assert np.isfinite(after.k[live]).all()
+                    assert np.isfinite(after.bias[live, head]).all()
+            assert np.isfinite(session.decode([turn])).all()
+
+
+def test_permuting_heads_permutes_the_result(tmp_path: Path) -> None:
+    shape = Shape(layers=1, heads=6, heads_kv=3)
+    plans = []
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        path = write_random_model(tmp_path / f"{name}.gguf", shape, seed=5, head_order=order)
+        with Session(path, merge=merging(PRESETS["mosaic"]), cache_type="f32") as session:
+            read(session)
+            session.engine.merge(40)
+            heads = [session.engine.plan(0, head) for head in range(3)]
+            values = session.engine.read_cells(0).v
+            plans.append({order[h]: (heads[h].target, values[:, h]) for h in range(3)})
+    for head in range(3):
+        assert (plans[0][head][0] == plans[1][head][0]).all()
+        np.testing.assert_allclose(plans[0][head][1], plans[1][head][1], atol=1e-4)
 
 
 def test_a_removal_that_cuts_into_merged_cells_is_refused(model: Path) -> None:

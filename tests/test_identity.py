@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from random_model import Shape, write_random_model
 from stock_library import stock_libraries
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
+from kvmerge.policies import PRESETS, FlowMM, LookM, Mosaic, Policy
 from random_model import Shape, write_random_model
 from session import Session
-
-from kvmerge.policies import PRESETS, FlowMM, LookM, Mosaic, Policy
 
 N_IMAGE = 49
 SHAPES = {
@@ -140,7 +140,10 @@ def check_sizes(
     need = np.array(
         [
             np.mean(
-                [oracle.cover(engine.plan(i, h).score, modality, policy.cover) for h in range(heads)]
+                [
+                    oracle.cover(engine.plan(i, h).score, modality, policy.cover)
+                    for h in range(heads)
+                ]
             )
             for i in range(layers)
         ]
@@ -243,9 +246,7 @@ def check_layer(
         assert after.mass[unused:, head].tolist() == counts.tolist()
         assert counts.sum() == (target >= 0).sum()
         of_head = values[:, head * group : (head + 1) * group].reshape(-1, n)
-        bias = oracle.biases(
-            target, kept, mass, score, weight, of_head, policy.bias, policy.keys
-        )
+        bias = oracle.biases(target, kept, mass, score, weight, of_head, policy.bias, policy.keys)
         np.testing.assert_allclose(after.bias[unused:, head], bias, atol=scoring * 3, rtol=scoring)
         assert after.order[unused:, head].tolist() == kept.tolist()
         # what the layer does not use is not seen
