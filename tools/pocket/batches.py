@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import vocabulary as v
-from torch import Tensor
-
 from pocket.render import COLOURS, LETTERS, SHAPES
-from pocket.tasks import EXTRA_TASKS, LONG_TASKS, TASKS, Picture, Prompt, Question, make_prompt
+from pocket.tasks import (
+    LONG_TASKS,
+    SCANNING_TASKS,
+    TASKS,
+    Picture,
+    Prompt,
+    Question,
+    make_prompt,
+)
+from torch import Tensor
 
 __all__ = ["Batch", "Mix", "Sequencer", "context_tokens", "make_batch", "picture_index"]
 
@@ -78,10 +85,10 @@ def picture_index(picture: Picture, repeats: int, rng: np.random.Generator) -> i
 def _in_turn(rng: np.random.Generator, questions: Sequence[Question]) -> list[Question]:
     """Drop repeated questions; order the rest so that long answers rarely give short ones away."""
     questions = list({q.text: q for q in questions}.values())
-    if rng.random() < 0.2:
-        return questions
-    short = [q for q in questions if q.task not in LONG_TASKS]
-    long = [q for q in questions if q.task in LONG_TASKS]
+    revealing = LONG_TASKS + SCANNING_TASKS
+    short = [q for q in questions if q.task not in revealing]
+    # what was said aloud once could be copied from there: few such answers a chat
+    long = [q for q in questions if q.task in revealing][:3]
     if long and rng.random() < 0.35:
         return [long[0], *short, *long[1:]]
     return short + long
@@ -126,7 +133,7 @@ def make_batch(
             mix.n_pictures,
             n_questions=int(rng.integers(mix.questions[0], mix.questions[1] + 1)),
             weights=mix.weights,
-            tasks=TASKS + EXTRA_TASKS,
+            tasks=TASKS,
             n_facts=1 + int(rng.integers(1 + round(5 * mix.clutter))),
             distractor_tokens=int(
                 mix.clutter * rng.integers(0, 30 * mix.n_pictures if crowded else 80)
@@ -147,9 +154,7 @@ def make_batch(
                 sequence.add([v.USER])
             sequence.add([*v.encode(question.text), v.END, v.ASSISTANT])
             answer = [*v.encode(question.answer), v.END]
-            spans.append(
-                (question.task, row, len(sequence.ids), len(sequence.ids) + len(answer))
-            )
+            spans.append((question.task, row, len(sequence.ids), len(sequence.ids) + len(answer)))
             sequence.add(answer, len(answer) ** -0.5)
         rows.append(sequence)
     length = max(len(r.ids) for r in rows)

@@ -25,7 +25,6 @@ import llama_cpp  # noqa: E402
 import llama_cpp.mtmd_cpp as mtmd_cpp  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 from llama_cpp.llama_chat_format import MTMDChatHandler  # noqa: E402
-
 from pocket.render import COLOURS  # noqa: E402
 from pocket.tasks import LONG_TASKS, TASKS, Prompt, data_uri, make_prompt, score  # noqa: E402
 
@@ -219,10 +218,18 @@ def main() -> None:
     print("| **mean** | " + " | ".join(means) + " |")
     for task in LONG_TASKS:
         print(
-            f"| `{task}`, exact | " + " | ".join(share(exact[n][task]) for n in args.pictures) + " |"
+            f"| `{task}`, exact | "
+            + " | ".join(share(exact[n][task]) for n in args.pictures)
+            + " |"
         )
-    print("| prompt tokens | " + " | ".join(f"{np.mean(lengths[n]):.0f}" for n in args.pictures) + " |")
-    print(f"\n{args.prompts} prompts per column, {time.time() - begun:.0f} s, {len(COLOURS)} colours")
+    print(
+        "| prompt tokens | "
+        + " | ".join(f"{np.mean(lengths[n]):.0f}" for n in args.pictures)
+        + " |"
+    )
+    print(
+        f"\n{args.prompts} prompts per column, {time.time() - begun:.0f} s, {len(COLOURS)} colours"
+    )
     print(f"chat calls that gave the same answer: {chats_same}/{chats}")
     if total:
         print(f"tokens that PyTorch agrees with: {same}/{total} = {100 * same / total:.2f} %")

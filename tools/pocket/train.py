@@ -5,7 +5,9 @@ Stages (each resumes from its checkpoint in the work folder):
 ``pool``    draw the training pictures once
 ``vision``  the ViT and the projector alone, as a classifier
 ``copy``    the fresh decoder alone, on copying random strings
-``joint``   everything together on the tasks of :mod:`pocket.tasks`
+``text``    the decoder alone on the tasks, with captions in place of the pictures
+``align``   the projector, so that a picture token says what the three words of its caption say
+``joint``   everything together on the tasks of :mod:`kvmerge.pocket.tasks`
 """
 
 from __future__ import annotations
@@ -30,9 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import vocabulary as v  # noqa: E402
 from batches import PICTURE, Batch, Mix, make_batch, picture_index  # noqa: E402
 from model import Config, Decoder, PocketModel, Vision  # noqa: E402
-
 from pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
-from pocket.tasks import EXTRA_TASKS, TASKS, Picture  # noqa: E402
+from pocket.tasks import TASKS, Picture  # noqa: E402
 
 REPEATS = 40
 """Pictures drawn of every (colour, shape, letter)."""
@@ -149,7 +150,9 @@ def train_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
                 f"{(s.argmax(1) == y).float().mean():.3f}"
                 for s, y in zip(scores, labels, strict=True)
             ]
-            log(f"vision {step + 1} right {right} {(time.time() - begun) / (step + 1 - first):.2f}s")
+            log(
+                f"vision {step + 1} right {right} {(time.time() - begun) / (step + 1 - first):.2f}s"
+            )
         if (step + 1) % 100 == 0:
             save(path, model=both.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             save(work / "vision-weights.pt", vision=vision.state_dict(), step=step + 1)
@@ -265,7 +268,7 @@ class Tally:
     """Running accuracy of every task, and the task weights that follow from it."""
 
     def __init__(self) -> None:
-        self.right = dict.fromkeys(TASKS + EXTRA_TASKS, 0.0)
+        self.right = dict.fromkeys(TASKS, 0.0)
 
     def add(self, found: dict[str, list[float]]) -> None:
         """Take in the answers of one batch."""
@@ -275,8 +278,7 @@ class Tally:
 
     def weights(self) -> list[float]:
         """Ask more often what is not learnt yet."""
-        base = {"letter_of": 1.3, "picture_of": 1.5, "count": 1.5, "describe": 0.7, "code": 0.7}
-        return [base.get(t, 0.8) * (0.25 + 1.0 - self.right[t]) for t in self.right]
+        return [0.3 + 1.0 - self.right[t] for t in TASKS]
 
     def mean(self) -> float:
         """Accuracy over all tasks."""
@@ -451,7 +453,7 @@ def draw_batch(
     clutter: float = 1.0,
 ) -> Batch:
     """Draw a batch of prompts with ``n`` pictures and about ``tokens`` tokens."""
-    rows = max(1, round(tokens / (84 * n + 400)))
+    rows = max(1, round(tokens / (90 * n + 250)))
     mix = Mix(n, rows, weights, captions, clutter=clutter)
     return make_batch(rng, mix, Config(VOCABULARY).patches, pick_from_pool)
 
@@ -462,9 +464,9 @@ def measure(model: PocketModel, pool: np.ndarray, seed: int) -> str:
     rng = np.random.default_rng([99, seed])
     with torch.no_grad():
         for n in (4, 8, 12):
-            found: dict[str, list[float]] = {t: [] for t in TASKS + EXTRA_TASKS}
+            found: dict[str, list[float]] = {t: [] for t in TASKS}
             for _ in range(2):
-                batch = draw_batch(rng, n, 8000, [1.0] * len(TASKS + EXTRA_TASKS), 0.0)
+                batch = draw_batch(rng, n, 8000, [1.0] * len(TASKS), 0.0)
                 _, part = forward_batch(model, batch, to_pixels(pool[batch.pictures]))
                 for task, values in part.items():
                     found[task] += values
@@ -502,7 +504,7 @@ def train_joint(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["spent"]
-        tally.right.update(state["tally"])
+        tally.right.update({t: r for t, r in state["tally"].items() if t in tally.right})
         most = state["most"]
         changed = first
     else:
@@ -526,11 +528,11 @@ def train_joint(
             )
         if tally.mean() > 0.72 and most < 12 and step >= changed + 15:
             most, changed = most + 1, step
-        most = max(most, min(12, int(16 * part)))
-        n = int(rng.integers(1 if rng.random() < 0.15 else (most + 1) // 2, most + 1))
-        if part > 0.6 and rng.random() < 0.12:
+        most = max(most, min(12, int(14 * part)))
+        n = int(rng.integers(1 if rng.random() < 0.1 else 3, most + 1))
+        if part > 0.7 and rng.random() < 0.05:
             n = int(rng.integers(13, 25))
-        if rng.random() < 0.4 * (1 - 2 * part):
+        if rng.random() < 0.1 * (1 - 2 * part):
             # Words in place of pictures: cheap practice in finding the answer.
             rows = max(2, tokens // (36 * n + 700))
             mix = Mix(n, rows, words_only.weights(), show=False, clutter=most / 12)
@@ -549,7 +551,10 @@ def train_joint(
         done = step + 1
         if done % 20 == 0:
             pace = (time.time() - begun) / (done - first)
-            log(f"joint {done} {pace:.2f}s {part:.2f} n<={most} loss {loss.item():.3f} {tally.text()}")
+            log(
+                f"joint {done} {pace:.2f}s {part:.2f} n<={most} loss {loss.item():.3f} "
+                + tally.text()
+            )
             if part < 0.5 and done % 100 == 0:
                 log(f"words only: {words_only.text()}")
         if done % 200 == 0:
@@ -579,7 +584,9 @@ def train_joint(
 def main() -> None:
     """Run the stages named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("pool", "vision", "copy", "text", "align", "joint", "all"))
+    parser.add_argument(
+        "stage", choices=("pool", "vision", "copy", "text", "align", "joint", "all")
+    )
     parser.add_argument("--work", type=Path, default=Path("pocket-work"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=1500)
@@ -596,7 +603,11 @@ def main() -> None:
     parser.add_argument("--joint-minutes", type=float, default=60.0)
     parser.add_argument("--tokens", type=int, default=7000)
     args = parser.parse_args()
-    wanted = ("pool", "vision", "copy", "text", "align", "joint") if args.stage == "all" else (args.stage,)
+    wanted = (
+        ("pool", "vision", "copy", "text", "align", "joint")
+        if args.stage == "all"
+        else (args.stage,)
+    )
     args.work.mkdir(parents=True, exist_ok=True)
     if "pool" in wanted:
         draw_pool(args.work)

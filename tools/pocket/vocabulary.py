@@ -103,9 +103,8 @@ def _texts() -> list[str]:
         "Describe every picture.",
         "none so 0",
     ]
-    for group in (
-        t.ADJECTIVES, t.NOUNS, t.PLACES, t.PEOPLE, t.DAYS, t.WEATHER, tuple(COLOURS), SHAPES, LETTERS,
-    ):  # fmt: skip
+    told = (t.ADJECTIVES, t.NOUNS, t.PLACES, t.PEOPLE, t.DAYS, t.WEATHER)
+    for group in (*told, tuple(COLOURS), SHAPES, LETTERS):
         for word in group:
             result += [word, " " + word]
     result += [str(n) for n in range(10, 33)]

@@ -90,9 +90,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 _OUTLINES = {shape: np.array(_outline(shape)) for shape in SHAPES}
 
 
-def render_picture(
-    colour: str, shape: str, letter: str, rng: np.random.Generator
-) -> Image.Image:
+def render_picture(colour: str, shape: str, letter: str, rng: np.random.Generator) -> Image.Image:
     """Draw one picture.
 
     Parameters

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "EXTRA_TASKS",
     "MAX_PICTURES",
     "NOUNS",
+    "SCANNING_TASKS",
     "TASKS",
     "Fact",
     "Picture",
@@ -63,7 +64,10 @@ LONG_TASKS: tuple[str, ...] = TASKS[6:]
 """Tasks whose answers name every picture."""
 
 EXTRA_TASKS: tuple[str, ...] = ("picture_with", "colour_of", "shape_of")
-"""Tasks asked only when named: each shares one step of its answer with a task of `TASKS`."""
+"""Tasks asked only when named."""
+
+SCANNING_TASKS: tuple[str, ...] = ("picture_of", "count")
+"""Tasks that look at the pictures one after the other, aloud; the last number is the answer."""
 
 MAX_PICTURES = len(LETTERS)
 """The most pictures in a prompt: every letter occurs once at most."""
@@ -242,8 +246,14 @@ def _distractor(rng: np.random.Generator) -> str:
     if kind == 1:
         return f"{_choose(rng, PEOPLE)} went to the {_choose(rng, PLACES)} on {_choose(rng, DAYS)}."
     if kind == 2:
-        return f"It was {_choose(rng, WEATHER)} in the {_choose(rng, PLACES)} on {_choose(rng, DAYS)}."
+        return (
+            f"It was {_choose(rng, WEATHER)} in the {_choose(rng, PLACES)} on {_choose(rng, DAYS)}."
+        )
     return f"{_choose(rng, PEOPLE)} saw a {_choose(rng, ADJECTIVES)} {_choose(rng, NOUNS)}."
+
+
+def _lines(items: Iterable[str]) -> str:
+    return "\n".join(f"{i} {item}" for i, item in enumerate(items, 1))
 
 
 def _ask(
@@ -263,26 +273,32 @@ def _ask(
     if task == "colour_at":
         return Question(task, f"What colour is in picture {at + 1}?", shown.colour)
     if task == "picture_of":
-        return Question(task, f"Which picture has the letter {shown.letter}?", str(at + 1))
+        seen = "\n".join(f"{i + 1} {p.letter}" for i, p in enumerate(pictures[: at + 1]))
+        text = f"Which picture has the letter {shown.letter}?"
+        return Question(task, text, f"{seen} so {at + 1}")
     if task == "count":
         colour = shown.colour
         if rng.random() < 0.15:
             colour = _choose(rng, tuple(COLOURS))
-        found = [str(i + 1) for i, p in enumerate(pictures) if p.colour == colour]
+        # every line: number, colour, how many so far
+        lines, found = [], 0
+        for i, picture in enumerate(pictures):
+            found += picture.colour == colour
+            lines.append(f"{i + 1} {picture.colour} {found}")
         text = f"How many pictures show {colour}?"
-        return Question(task, text, " ".join([*(found or ["none"]), "so", str(len(found))]))
+        return Question(task, text, "\n".join(lines) + f" so {found}")
     if task == "code":
         fact = facts[int(rng.integers(len(facts)))]
         return Question(task, f"What is the code of the {fact.name}?", fact.code)
     if task == "list_letters":
-        return Question(task, "List all letters in order.", " ".join(p.letter for p in pictures))
+        return Question(task, "List all letters in order.", _lines(p.letter for p in pictures))
     if task == "list_colours":
-        return Question(task, "List all colours in order.", " ".join(p.colour for p in pictures))
+        return Question(task, "List all colours in order.", _lines(p.colour for p in pictures))
     if task == "list_shapes":
-        return Question(task, "List all shapes in order.", " ".join(p.shape for p in pictures))
+        return Question(task, "List all shapes in order.", _lines(p.shape for p in pictures))
     if task == "describe":
-        lines = (f"{i + 1} {p.colour} {p.shape} {p.letter}" for i, p in enumerate(pictures))
-        return Question(task, "Describe every picture.", "\n".join(lines))
+        text = _lines(f"{p.colour} {p.shape} {p.letter}" for p in pictures)
+        return Question(task, "Describe every picture.", text)
     if task == "picture_with":
         text = f"Which picture shows the {shown.colour} {shown.shape}?"
         return Question(task, text, str(at + 1))
@@ -318,13 +334,13 @@ def make_prompt(
     n_questions : int, default 10
         Number of questions.
     tasks : sequence of str
-        Tasks to ask about, of `TASKS` and `EXTRA_TASKS`.  Without `weights` the tasks take turns in a random order, so that
-        ten questions cover all ten tasks.
+        Tasks to ask about, of `TASKS` and `EXTRA_TASKS`.  Without `weights` the tasks take turns
+        in a random order, so that ten questions cover all ten tasks.
     weights : sequence of float, optional
         Draw the task of each question with these weights instead.
     n_facts : int, default 4
-        Codes told in the text between the pictures, 12 at most, each of another noun.  The task ``code`` needs at least one; it is
-        left out when there is none.
+        Codes told in the text between the pictures, 12 at most, each of another noun.  The task
+        ``code`` needs at least one; it is left out when there is none.
     distractor_tokens : int, default 40
         About how many tokens of sentences that no question asks about lie between the pictures.
     captions : bool, default False
@@ -408,19 +424,16 @@ def score(task: str, answer: str, expected: str) -> float:
     Returns
     -------
     float
-        For the short tasks 1.0 or 0.0; ``count`` looks at the number at the end only.  For the
-        long tasks the fraction of items that are right at their place, where items beyond the
-        expected ones count as wrong.
+        For the short tasks 1.0 or 0.0; of those that scan aloud (`SCANNING_TASKS`) only the
+        number at the end counts.  For the long tasks the fraction of lines that are right at their
+        place, where lines beyond the expected ones count as wrong.
     """
     answer, expected = answer.strip(), expected.strip()
-    if task == "count":
+    if task in SCANNING_TASKS:
         said = answer.split()
         return float(bool(said) and said[-1] == expected.split()[-1])
     if task in LONG_TASKS:
-        if task == "describe":
-            said, wanted = answer.split("\n"), expected.split("\n")
-        else:
-            said, wanted = answer.split(), expected.split()
+        said, wanted = answer.split("\n"), expected.split("\n")
         right = sum(a.strip() == b.strip() for a, b in zip(said, wanted, strict=False))
         return right / max(len(said), len(wanted))
     if task not in TASKS + EXTRA_TASKS:
