@@ -200,6 +200,51 @@ def test_any_policy_and_budget(
             assert np.isfinite(session.decode([turn])).all()
 
 
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_the_guard_judges_by_held_out_queries(model: Path, flash_attention: bool) -> None:
+    """Where it evicts, folding was worse on the odd queries; where it folds, it was better."""
+    policy = replace(PRESETS["flowmm"], guard=True, bias="none", theta=0.0)
+    with Session(
+        model, merge=merging(policy), cache_type="f32", flash_attention=flash_attention
+    ) as session:
+        read(session)
+        before = [session.engine.read_cells(layer) for layer in range(2)]
+        queries = [session.engine.read_queries(layer) for layer in range(2)]
+        session.engine.merge(30)
+        guarded = 0
+        for layer in range(2):
+            proxy = queries[layer].proxy
+            q = queries[layer].q[proxy].astype(float)
+            k, v = before[layer].k.astype(float), before[layer].v.astype(float)
+            values = oracle.logits(q, k, queries[layer].scale)
+            for head in range(2):
+                plan = session.engine.plan(layer, head)
+                kept = np.flatnonzero(plan.fate >= 2)
+                open_ = np.flatnonzero(plan.fate == 2)
+                target, _ = oracle.match(k[:, head], kept, open_, None)
+                weight = oracle.weights(target, kept, np.ones(len(k)), np.ones(len(k)), "mean")
+                # rows as the engine orders them: the heads of a group, then the queries
+                rows = np.moveaxis(values[:, 2 * head : 2 * head + 2], 1, 0).reshape(-1, len(k))
+                held_out = rows[1::2]
+
+                def softmax(x):
+                    x = np.exp(x - x.max(axis=1, keepdims=True))
+                    return x / x.sum(axis=1, keepdims=True)
+
+                full = softmax(held_out) @ v[:, head]
+                folded_k = oracle.fold(k[:, head], target, kept, weight)
+                folded_v = oracle.fold(v[:, head], target, kept, weight)
+                group = q[:, 2 * head : 2 * head + 2]
+                logits = np.moveaxis(group @ folded_k.T * queries[layer].scale, 1, 0)
+                merged = softmax(logits.reshape(-1, len(kept))[1::2]) @ folded_v
+                evicted = softmax(held_out[:, kept]) @ v[kept, head]
+                worse = ((merged - full) ** 2).sum() - ((evicted - full) ** 2).sum()
+                evicts = not (plan.fate == 1).any()
+                assert evicts == (worse > 0) or abs(worse) < 1e-3
+                guarded += evicts
+        assert session.engine.stats().n_guarded == guarded
+
+
 def test_permuting_heads_permutes_the_result(tmp_path: Path) -> None:
     shape = Shape(layers=1, heads=6, heads_kv=3)
     plans = []

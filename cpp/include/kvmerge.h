@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 2
+#define KVMERGE_API_VERSION 3
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -143,6 +143,7 @@ struct kvmerge_params {
     bool     move_keys;      // true: a pivot's key becomes the mean of its group; false: it stays as it is
     bool     pool_max;       // true: scores are pooled by their maximum; false: by their mean
     bool     value_norm;     // scores are multiplied with the norm of the value
+    bool     guard;          // heads whose folds make the output of held-out proxies worse than eviction evict instead
 
     int32_t  n_window;       // proxy window: queries that score, tokens that are kept             [1, 256]
     int32_t  n_sink;         // first tokens of a sequence, always kept                             [0, 256]
@@ -169,6 +170,7 @@ struct kvmerge_stats {
     int32_t n_cells_after;   // cells after it (of the layer that has most)
     int32_t n_layers;        // layers whose cache is merged
     int32_t n_heads;         // KV heads of a layer (the largest, where layers differ)
+    int32_t n_guarded;       // (layer, head) pairs of the last merge in which the guard chose eviction
     int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
     int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
     int64_t t_score_us;      // time of the last merge: reading scores and flow,

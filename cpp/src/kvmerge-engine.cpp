@@ -5,6 +5,7 @@
 #include "kvmerge-attn.h"
 #include "kvmerge-error.h"
 #include "kvmerge-fold.h"
+#include "kvmerge-guard.h"
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
 #include "kvmerge-pool.h"
@@ -698,7 +699,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
 
     const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, params);
 
-    size_t n_after = 0; // cells of the layer that keeps most
+    size_t  n_after   = 0; // cells of the layer that keeps most
+    int32_t n_guarded = 0;
 
     const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 ||
         params.fold == KVMERGE_FOLD_WEIGHTED || params.fold == KVMERGE_FOLD_EXP || params.fold == KVMERGE_FOLD_GAUSSIAN;
@@ -735,10 +737,16 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
             kvmerge_weigh         (plan, params);
             kvmerge_fit_bias      (plan, params);
 
+            n_after = std::max(n_after, plan.kept.size());
+        }
+
+        if (params.guard && !kvmerge_guard_layer(graph, *this, layers[l], cells, layer_plans, n_guarded)) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to compare outputs in layer %d", layers[l].il);
+        }
+
+        for (auto & plan : layer_plans) {
             plan.logits.clear();
             plan.logits.shrink_to_fit();
-
-            n_after = std::max(n_after, plan.kept.size());
         }
     }
 
@@ -763,6 +771,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
     const int64_t t_end = ggml_time_us();
 
     stats.n_merges++;
+    stats.n_guarded      = n_guarded;
     stats.n_tokens       = sequences[seq_id].n_seen;
     stats.n_cells_before = cells.size();
     stats.n_cells_after  = n_after;

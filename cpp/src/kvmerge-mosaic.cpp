@@ -9,7 +9,7 @@
 #include <numeric>
 
 // longer segments are cut, so that the products of a block stay small
-static constexpr size_t MAX_BLOCK = 1024;
+static constexpr size_t MAX_BLOCK = 256;
 
 namespace {
 

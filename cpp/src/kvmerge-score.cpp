@@ -1,5 +1,7 @@
 #include "kvmerge-score.h"
 
+#include "kvmerge-values.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -115,7 +117,7 @@ static void build_importance(
 
     ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
-    if (engine.params.bias == KVMERGE_BIAS_FIT) {
+    if (engine.params.bias == KVMERGE_BIAS_FIT || engine.params.guard) {
         const size_t n_logits = n*slots.size()*(layer.n_head/layer.n_head_kv);
 
         graph.output(kq, [&plans, n_logits, head, n_heads](const std::vector<uint8_t> & bytes) {
@@ -147,30 +149,8 @@ static void build_value_norm(
         const std::vector<uint32_t> & cells, kvmerge_plan & plan, int32_t head) {
     ggml_context * ctx = graph.ctx();
 
-    const int64_t d       = layer.n_embd_head_v;
-    const int64_t kv_size = layer.v->ne[1];
-    const int64_t n_heads = layer.v->ne[0]/d;
+    ggml_tensor * v = kvmerge_build_values(graph, engine, layer, cells, head);
 
-    std::vector<int32_t> rows;
-    ggml_tensor * v;
-
-    if (engine.v_trans) {
-        const uint32_t n_used = *std::max_element(cells.begin(), cells.end()) + 1;
-        const size_t   size   = ggml_type_size(layer.v->type);
-
-        v = ggml_view_2d(ctx, layer.v, n_used, d, kv_size*size, head*d*kv_size*size);
-        v = ggml_cont(ctx, ggml_transpose(ctx, v));                                      // [d, n_used]
-
-        rows.assign(cells.begin(), cells.end());
-    } else {
-        v = ggml_reshape_2d(ctx, layer.v, d, n_heads*kv_size);
-
-        for (uint32_t idx : cells) {
-            rows.push_back((int32_t) (idx*n_heads + head));
-        }
-    }
-
-    v = ggml_get_rows(ctx, v, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
     v = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v)));                            // [1, n]
 
     graph.output(v, [&plan](const std::vector<uint8_t> & bytes) {

@@ -183,7 +183,7 @@ void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params) {
     }
 }
 
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params) {
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t first, size_t step) {
     const int32_t n = plan.cells.size();
 
     plan.bias.assign(plan.kept.size(), 0.0f);
@@ -234,7 +234,7 @@ void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params) {
         double total = 0;
         size_t count = 0;
 
-        for (size_t q = 0; q < n_queries; ++q) {
+        for (size_t q = first; q < n_queries; q += step) {
             const float * logits = plan.logits.data() + q*n;
 
             double max = -INFINITY;

@@ -48,6 +48,9 @@ class Policy:
         How scores are pooled over neighbours.
     value_norm : bool
         Whether scores are multiplied with the norm of the value.
+    guard : bool
+        Whether heads whose folds make the output of held-out queries of the window worse than
+        dropping would are left as dropping; ``kv_stats`` tells how many.
     window : int
         Tokens at the end of the prompt whose queries score and which are kept, 1 to 256.
     sinks : int
@@ -90,6 +93,7 @@ class Policy:
     keys: str = "move"
     pool: str = "mean"
     value_norm: bool = False
+    guard: bool = False
     window: int = 16
     sinks: int = 4
     flow_rows: int = 64

@@ -102,6 +102,7 @@ OPTIONS: dict[str, Word | Whole | Number | Flag] = {
     "keys": Word("move_keys", "move", {"keep": 0, "move": 1}),
     "pool": Word("pool_max", "mean", {"mean": 0, "max": 1}),
     "value_norm": Flag("value_norm", False),
+    "guard": Flag("guard", False),
     "window": Whole("n_window", 16, 1, 256),
     "sinks": Whole("n_sink", 4, 0, 256),
     "flow_rows": Whole("n_flow_rows", 64, 1, 65536),
