@@ -1,0 +1,233 @@
+"""``kvmerge eval``: the quality table, every method over every task at several budgets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from ..evaluation.samples import Sample
+
+_PAGE, _PLOT = "quality.md", "quality.png"
+_T = TypeVar("_T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--model", type=Path, help="model (GGUF); default: the pocket model")
+    parser.add_argument("--mmproj", type=Path, help="vision part of --model (GGUF)")
+    parser.add_argument(
+        "--data", type=Path, help="folder in MileBench's layout; default: the pocket tasks"
+    )
+    parser.add_argument("--tasks", type=_list(str), help="which tasks, such as code,count")
+    parser.add_argument(
+        "--pictures",
+        type=_list(int),
+        default=(12, 8),
+        help="pictures in a prompt of the pocket tasks, such as 12,8 (the default)",
+    )
+    parser.add_argument(
+        "--distractors",
+        type=_list(int),
+        default=(40,),
+        help="tokens of distracting text in a prompt of the pocket tasks, such as 40,200",
+    )
+    parser.add_argument(
+        "--methods",
+        type=_list(str),
+        default=("all",),
+        help="names, patterns such as mosaic*, reference, preset, quantized, ablation, or all "
+        "(the default); --methods help lists them",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=_list(float),
+        default=(0.2, 0.1, 0.05),
+        help="fractions that are kept, such as 0.2,0.1,0.05 (the default)",
+    )
+    parser.add_argument(
+        "--mode",
+        type=_list(str),
+        default=("known",),
+        help="known: merge when the question was read up to its last tokens; unknown: merge after "
+        "another question and its answer; known,unknown: both",
+    )
+    parser.add_argument(
+        "--merge-before",
+        type=int,
+        default=2,
+        help="how many of the last tokens of a known question are read after the merge",
+    )
+    parser.add_argument("--questions", type=int, default=200, help="questions a task")
+    parser.add_argument("--seed", type=int, default=0, help="other pictures and questions")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--n-ctx", type=int, default=0, help="context length; default: as needed")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("kvmerge-eval"),
+        help=f"folder of the answers, {_PAGE} and {_PLOT}; a run that was interrupted continues",
+    )
+    parser.add_argument(
+        "--update",
+        type=Path,
+        action="append",
+        default=[],
+        help="also put the tables into this page, and the plot beside it",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="make the table of the answers that are there"
+    )
+
+
+def _list(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
+    def parse(text: str) -> tuple[_T, ...]:
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        if not items:
+            raise argparse.ArgumentTypeError("it names nothing")
+        try:
+            return tuple(dict.fromkeys(kind(item) for item in items))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the evaluation and write the table."""
+    if arguments.methods == ("help",):
+        _print_methods()
+        return 0
+    if not arguments.report_only:
+        _answer(arguments)
+    _report(arguments.out, arguments.update)
+    return 0
+
+
+def _print_methods() -> None:
+    from ..evaluation.methods import METHODS
+
+    for name, method in METHODS.items():
+        print(f"{name:<24}{method.kind:<12}{method.what}")
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    from .. import pocket
+    from ..errors import OptionError
+    from ..evaluation.answers import Record, Settings, definitions, identity
+    from ..evaluation.methods import choose
+    from ..evaluation.reader import check_budget
+    from ..evaluation.run import Models, Plan
+    from ..evaluation.run import run as answer_all
+    from ..evaluation.samples import MODES
+
+    if (arguments.model is None) != (arguments.mmproj is None):
+        raise OptionError("--model and --mmproj go together")
+    for name, low in (
+        ("questions", 1),
+        ("merge_before", 1),
+        ("seed", 0),
+        ("threads", 1),
+        ("jobs", 1),
+    ):
+        if getattr(arguments, name) < low:
+            option = name.replace("_", "-")
+            raise OptionError(f"--{option} must be at least {low}, not {getattr(arguments, name)}")
+    for mode in arguments.mode:
+        if mode not in MODES:
+            raise OptionError(f"there is no mode {mode!r}: it must be one of {', '.join(MODES)}")
+    for budget in arguments.budgets:
+        check_budget(budget)
+    methods = choose(arguments.methods)
+    plan = Plan(
+        samples=tuple(_samples(arguments)),
+        methods=methods,
+        budgets=arguments.budgets,
+        modes=arguments.mode,
+        merge_before=arguments.merge_before,
+    )
+    models = Models(
+        arguments.model or pocket.model_path(),
+        arguments.mmproj or pocket.mmproj_path(),
+        arguments.n_ctx or _sized(arguments),
+        arguments.threads,
+    )
+    settings = Settings(
+        model=_identity(models.model, "model", identity),
+        mmproj=_identity(models.mmproj, "mmproj", identity),
+        data="pocket" if arguments.data is None else arguments.data.resolve().name,
+        seed=arguments.seed,
+        merge_before=arguments.merge_before,
+        methods=definitions(methods),
+    )
+    with Record(arguments.out, settings) as record:
+        answer_all(
+            plan,
+            models,
+            record,
+            jobs=arguments.jobs,
+            say=lambda line: print(line, flush=True),
+        )
+
+
+def _identity(file: Path, what: str, identity: Callable[[Path], str]) -> str:
+    from ..errors import ModelError, ProjectorError
+    from ..gguf_file import check_gguf
+
+    return identity(check_gguf(file, what, ModelError if what == "model" else ProjectorError))
+
+
+def _samples(arguments: argparse.Namespace) -> Iterator[Sample]:
+    from ..errors import OptionError
+    from ..evaluation import milebench, pocket_tasks
+    from ..pocket import TASKS
+
+    if arguments.data is None:
+        tasks = arguments.tasks or TASKS
+        pocket_tasks.check(tasks, arguments.pictures)
+        for pictures in arguments.pictures:
+            for distractor_tokens in arguments.distractors:
+                yield from pocket_tasks.samples(
+                    pictures,
+                    arguments.questions,
+                    seed=arguments.seed,
+                    tasks=tasks,
+                    distractor_tokens=distractor_tokens,
+                )
+        return
+    if "unknown" in arguments.mode:
+        raise OptionError("--mode unknown needs several questions about the same pictures")
+    found = milebench.data_sets(arguments.data)
+    for name in arguments.tasks or found:
+        if name not in found:
+            raise OptionError(f"{arguments.data} has no data set {name!r}: {', '.join(found)}")
+        yield from milebench.samples(found[name], arguments.questions, seed=arguments.seed)
+
+
+def _sized(arguments: argparse.Namespace) -> int:
+    """Return a context length that the prompts fit into."""
+    if arguments.data is not None:
+        return 8192
+    return 1024 + 96 * max(arguments.pictures) + 2 * max(arguments.distractors)
+
+
+def _report(folder: Path, pages: Sequence[Path]) -> None:
+    from ..errors import OptionError
+    from ..evaluation.answers import read_answers, read_settings
+    from ..evaluation.plot import draw
+    from ..evaluation.tables import document, summary, table, update
+
+    answers, settings = read_answers(folder), read_settings(folder)
+    if not answers or settings is None:
+        raise OptionError(f"{folder} holds no answers: run without --report-only first")
+    (folder / _PAGE).write_text(document(answers, settings, _PLOT), encoding="utf-8")
+    draw(answers, folder / _PLOT)
+    print(summary(answers))
+    for page in pages:
+        update(page, {"table": table(answers, settings, _PLOT), "summary": summary(answers)})
+        if page.resolve().parent != folder.resolve():
+            (page.parent / _PLOT).write_bytes((folder / _PLOT).read_bytes())
+    print(f"{len(answers)} answers; the table: {folder / _PAGE}, the plot: {folder / _PLOT}")

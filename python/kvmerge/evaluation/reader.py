@@ -1,0 +1,196 @@
+"""One context that reads a prompt once and answers from it many times."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..budget import Budget
+from ..errors import DecodeError, KVMergeError, OptionError
+from ..llama import Llama, llama_cpp
+from ..media import find_media
+from ..policies import Policy
+from ..prompt import MediaSpan, Prompt
+from .methods import FLOW_ROWS, WINDOW, Method
+
+_OTHER_QUESTION = "?"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was read so far: the sequence with the engine's part of it, and Python's books."""
+
+    data: ctypes.Array[ctypes.c_uint8]
+    ids: npt.NDArray[np.intc]
+    positions: npt.NDArray[np.int32]
+    spans: tuple[MediaSpan, ...]
+
+
+class Reader:
+    """A model with a cache of one type, from which all methods answer.
+
+    The engine observes for every method at once: it also adds up the attention of all queries,
+    for those who score by it.
+
+    Parameters
+    ----------
+    model, mmproj : Path
+        The model and its vision part.
+    cache_type : str
+        Type of K and V.
+    n_ctx : int
+        Context length.
+    threads : int
+        Threads to compute with.
+    """
+
+    def __init__(
+        self, model: Path, mmproj: Path, *, cache_type: str, n_ctx: int, threads: int
+    ) -> None:
+        self._llama = Llama(
+            model,
+            mmproj=mmproj,
+            kv_merge=Policy(score="all", window=WINDOW, flow_rows=FLOW_ROWS),
+            n_ctx=n_ctx,
+            n_threads=threads,
+            n_threads_batch=threads,
+            type_k=cache_type,
+            type_v=cache_type,
+            flash_attn=True,
+            verbose=False,
+        )
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
+        self._live = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.close()
+        self._llama.close()
+
+    # Prompts.
+
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+        """Return a chat as `create_chat_completion` reads it; valid until `forget_prompts`."""
+        handler: Any = self._llama.chat_handler
+        text = handler._render(self._llama, messages, {})
+        return self._live.enter_context(handler._prompt(text, find_media(messages)))
+
+    def forget_prompts(self) -> None:
+        """Free the media of all prompts."""
+        self._live.close()
+
+    def question_start(self, messages: list[dict[str, Any]], tokens: Sequence[int]) -> int:
+        """Return how many tokens of a chat come before what its last message says."""
+        other = self.prompt([*messages[:-1], {**messages[-1], "content": _OTHER_QUESTION}])
+        return common_prefix([tokens, other.tokens])
+
+    # Reading.
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self._llama.reset()
+
+    def read(self, prompt: Prompt, start: int, end: int) -> None:
+        """Read the tokens of a prompt from `start` up to `end`, after those that were read."""
+        self._llama._check_length(prompt, len(prompt.tokens))
+        self._llama._read_range(prompt, start, end)
+
+    def snapshot(self) -> Snapshot:
+        """Return all that was read, to come back to it."""
+        llama, n = self._llama, self._llama.n_tokens
+        size = llama_cpp.llama_state_seq_get_size(llama.ctx, 0)
+        data = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_seq_get_data(llama.ctx, data, size, 0) != size:
+            raise DecodeError("llama.cpp could not save what was read")
+        return Snapshot(
+            data, llama.input_ids[:n].copy(), llama._positions[: n + 1].copy(), llama.media_spans
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot."""
+        llama, size, n = self._llama, len(snapshot.data), len(snapshot.ids)
+        llama.reset()
+        if llama_cpp.llama_state_seq_set_data(llama.ctx, snapshot.data, size, 0) != size:
+            raise DecodeError("llama.cpp could not restore what was read")
+        llama._append(snapshot.ids.tolist(), snapshot.positions)
+        llama._spans = list(snapshot.spans)
+        assert llama.n_tokens == n
+
+    # Merging and answering.
+
+    def merge(self, method: Method, budget: float) -> bool:
+        """Merge what was read down to a fraction of its tokens; False if that is all of it."""
+        llama, policy = self._llama, method.policy
+        if policy is None:
+            return False
+        assert llama.engine is not None
+        cells = Budget(budget).cells(llama.n_tokens, policy.always_kept)
+        if cells >= llama.engine.n_cells():
+            return False
+        try:
+            llama.engine.set_params(policy.engine_params())
+            llama.engine.merge(cells)
+        except KVMergeError as error:
+            raise type(error)(f"{method.name}, budget {budget:g}: {error}") from error
+        return True
+
+    def held(self, merged: bool) -> tuple[float, int]:
+        """Return the cells that are held, as the mean over the layers, and their bytes."""
+        engine = self._llama.engine
+        assert engine is not None
+        cells, last = engine.n_cells(), engine.stats()
+        if not merged:
+            return cells, cells * last.bytes_per_cell
+        held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
+        return held / last.bytes_per_cell, held
+
+    def generate(self, max_tokens: int) -> str:
+        """Return the greedy answer to what was read."""
+        llama = self._llama
+        answer: list[int] = []
+        while len(answer) < max_tokens and llama.n_tokens < llama.n_ctx():
+            logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+            token = int(np.ctypeslib.as_array(logits, (llama.n_vocab(),)).argmax())
+            if llama_cpp.llama_vocab_is_eog(self._vocabulary, token):
+                break
+            answer.append(token)
+            llama.eval([token])
+        return llama.detokenize(answer).decode("utf-8", "replace").strip()
+
+
+def common_prefix(lists: Sequence[Sequence[int]]) -> int:
+    """Return the number of tokens that all lists begin with."""
+    n = 0
+    for tokens in zip(*lists, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        n += 1
+    return n
+
+
+def check_budget(budget: float) -> None:
+    """Check a fraction to keep.
+
+    Raises
+    ------
+    OptionError
+        If it is none, or keeps all.
+    """
+    if not (math.isfinite(budget) and 0 < budget < 1):
+        raise OptionError(f"a budget must be a fraction between 0 and 1, not {budget:g}")

@@ -1,0 +1,66 @@
+"""What is asked: samples, each with pictures that are read once and questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MODES = {
+    "known": "merged when all but the last tokens of the question were read",
+    "unknown": "merged after another question and its answer, before the question was read",
+}
+"""When the cache is merged, by name."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question about a sample.
+
+    Attributes
+    ----------
+    task : str
+        Name of the task; a sample asks each of its tasks once.
+    messages : list of dict
+        The chat that asks it right after the pictures.
+    messages_later : list of dict or None
+        The chat that asks another question first and has its answer; None where there is no other.
+    expected : str
+        The right answer.
+    score : callable
+        Gives the points of an answer, 0 to 1.
+    max_tokens : int
+        Where an answer is cut off.
+    """
+
+    task: str
+    messages: list[dict[str, Any]]
+    messages_later: list[dict[str, Any]] | None
+    expected: str
+    score: Callable[[str], float]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures with questions about them.
+
+    Attributes
+    ----------
+    collection : str
+        What it is averaged with, such as ``"12 pictures"``: one table each.
+    name : str
+        Its name in the collection.
+    pictures : int
+        How many pictures it shows.
+    tasks : tuple of str
+        What `load` is going to ask.
+    load : callable
+        Draws or opens the pictures and returns the questions.
+    """
+
+    collection: str
+    name: str
+    pictures: int
+    tasks: tuple[str, ...]
+    load: Callable[[], tuple[Ask, ...]]
