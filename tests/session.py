@@ -79,6 +79,8 @@ class Session:
         assert self.context, "no context"
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
+        # M-RoPE: a picture has positions in time, height and width
+        self.is_mrope = llama_cpp.llama_model_rope_type(self.model) in (8, 40)
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self.position = 0
@@ -117,14 +119,27 @@ class Session:
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = sequence
                 batch.logits[i] = i == n - 1
+            step = n
+            # the address: a pointer field of ctypes would change with the struct
+            plain = ctypes.cast(batch.pos, ctypes.c_void_p).value
             if embeddings is not None:
                 rows = np.ascontiguousarray(embeddings, np.float32)
                 ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
-            assert llama_cpp.llama_decode(self.context, batch) == 0
+                if self.is_mrope:
+                    step = int(n**0.5)
+                    assert step * step == n, "a square picture"
+                    y, x = np.divmod(np.arange(n), step)
+                    grid = np.concatenate([0 * y, y, x, 0 * y]) + start
+                    grid[3 * n :] = 0
+                    pos = np.ascontiguousarray(grid, np.int32)
+                    batch.pos = pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            status = llama_cpp.llama_decode(self.context, batch)
+            batch.pos = ctypes.cast(plain, ctypes.POINTER(ctypes.c_int32))
+            assert status == 0
         finally:
             llama_cpp.llama_batch_free(batch)
         if position is None:
-            self.position += n
+            self.position += step
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(logits, (self.n_vocab,)).copy()
 

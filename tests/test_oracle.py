@@ -15,6 +15,7 @@ import pytest
 
 import oracle
 from kvmerge.policies import PRESETS, FlowMM, LookM, Mosaic, Policy
+from mrope_model import write_mrope_model
 from random_model import Shape, write_random_model
 from session import Session
 
@@ -45,10 +46,11 @@ CACHES = [("f32", True), ("f32", False), ("f16", True), ("f16", False), ("q8_0",
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {
+    written = {
         name: write_random_model(folder / f"{name}.gguf", shape, seed=7)
         for name, shape in SHAPES.items()
     }
+    return written | {"mrope": write_mrope_model(folder)[0]}
 
 
 def read_prompt(session: Session, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -96,6 +98,12 @@ def test_preset(models: dict[str, Path], name: str, flash_attention: bool) -> No
 @pytest.mark.parametrize("name", ["mosaic", "look-m", "kvmerger"])
 def test_preset_quantized(models: dict[str, Path], name: str) -> None:
     check(models["gqa"], POLICIES[name], "q4_0", True)
+
+
+@pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o", "pyramid"])
+def test_preset_with_mrope(models: dict[str, Path], name: str) -> None:
+    """Positions of a picture repeat and run in three directions: order is that of the tokens."""
+    check(models["mrope"], POLICIES[name], "f16", True)
 
 
 def check(model: Path, policy: Policy, cache_type: str, flash_attention: bool) -> None:

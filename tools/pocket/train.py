@@ -528,7 +528,7 @@ def train_joint(
             )
         if tally.mean() > 0.72 and most < 12 and step >= changed + 15:
             most, changed = most + 1, step
-        most = max(most, min(12, int(14 * part)))
+        most = max(most, min(12, int(8 + 8 * part)))
         n = int(rng.integers(1 if rng.random() < 0.1 else 3, most + 1))
         if part > 0.7 and rng.random() < 0.05:
             n = int(rng.integers(13, 25))
