@@ -89,7 +89,9 @@ def _in_turn(rng: np.random.Generator, questions: Sequence[Question]) -> list[Qu
     short = [q for q in questions if q.task not in revealing]
     # what was said aloud once could be copied from there: few such answers a chat
     long = [q for q in questions if q.task in revealing][:3]
-    if long and rng.random() < 0.35:
+    # first of all, a scanning question has no earlier answer to take its letter or colour for
+    long.sort(key=lambda q: q.task not in SCANNING_TASKS)
+    if long and rng.random() < 0.6:
         return [long[0], *short, *long[1:]]
     return short + long
 
