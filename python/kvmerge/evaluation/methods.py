@@ -82,14 +82,14 @@ def varied(name: str, **changes: Any) -> Policy:
 
 
 def _ablations(base: str, rows: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[Method]:
+    """Return a preset with one part after the other changed, where that changes anything."""
+    unchanged = varied(base)
     for name, (what, changes) in rows.items():
-        yield Method(
-            name=f"{base}/{name}",
-            what=what,
-            policy=varied(base, **changes),
-            kind="ablation",
-            base=base,
-        )
+        policy = varied(base, **changes)
+        if policy != unchanged:
+            yield Method(
+                name=f"{base}/{name}", what=what, policy=policy, kind="ablation", base=base
+            )
 
 
 def _methods() -> Iterator[Method]:
@@ -135,6 +135,7 @@ def _methods() -> Iterator[Method]:
             "modality": ("never folds across modalities", {"match": "modality"}),
             "segment": ("never folds across pictures", {"match": "segment"}),
             "no-bias": ("no bias", {"bias": "none"}),
+            "bias-count": ("bias by count", {"bias": "count"}),
             "bias-mass": ("bias from measured attention", {"bias": "mass"}),
             "bias-fit": ("fitted bias", {"bias": "fit"}),
             "keep-keys": ("keys stay", {"keys": "keep"}),
@@ -146,6 +147,9 @@ def _methods() -> Iterator[Method]:
                 "one cell a picture for what found no partner",
                 {"residual": "segment", "bias": "fit"},
             ),
+            "no-residual": ("no residual cells", {"residual": "none"}),
+            "guard": ("guarded", {"guard": True}),
+            "no-guard": ("not guarded", {"guard": False}),
         },
     )
     yield from _ablations(
@@ -166,22 +170,30 @@ def _methods() -> Iterator[Method]:
             "no-bias": ("no bias", {"bias": "none"}),
             "bias-count": ("bias by count", {"bias": "count"}),
             "bias-mass": ("bias from measured attention", {"bias": "mass"}),
+            "bias-fit": ("fitted bias", {"bias": "fit"}),
             "keep-keys": ("keys stay", {"keys": "keep"}),
             "pivots=0": ("groups only", {"pivots": 0.0}),
             "pivots=0.25": ("a quarter by importance", {"pivots": 0.25}),
+            "pivots=0.5": ("half by importance", {"pivots": 0.5}),
             "pivots=0.75": ("three quarters by importance", {"pivots": 0.75}),
             "pivots=1": ("importance only", {"pivots": 1.0}),
             "no-floor": ("no floor", {"floor": 0}),
+            "floor=1": ("one cell a picture at least", {"floor": 1}),
             "floor=2": ("two cells a picture at least", {"floor": 2}),
             "text=0.25": ("text takes a quarter at most", {"text": 0.25}),
             "text=0.75": ("text takes three quarters at most", {"text": 0.75}),
+            "text=0.5": ("text takes half at most", {"text": 0.5}),
             "text=1": ("text before pictures", {"text": 1.0}),
             "text-pivots=0": ("text in groups only", {"text_pivots": 0.0}),
             "text-pivots=0.5": ("half of text by importance", {"text_pivots": 0.5}),
+            "text-pivots=0.75": ("three quarters of text by importance", {"text_pivots": 0.75}),
             "text-pivots=1": ("text by importance only", {"text_pivots": 1.0}),
             "no-pooling": ("scores not pooled", {"neighbours": 1}),
             "no-value-norm": ("scores without the norm of values", {"value_norm": False}),
             "residual": ("one more cell a picture for the rest", {"residual": "segment"}),
+            "no-residual": ("no residual cells", {"residual": "none"}),
+            "guard": ("guarded", {"guard": True}),
+            "no-guard": ("not guarded", {"guard": False}),
         },
     )
 

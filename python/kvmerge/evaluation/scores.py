@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,8 +29,9 @@ class Scores:
         Columns.
     values : dict
         Points of each row, [samples, tasks]; NaN where there is no answer.
-    tokens, cells, mib : dict
-        Tokens of the prompt, cells and MiB of K and V of each row, as means over its answers.
+    tokens, cells, mib, guarded : dict
+        Tokens of the prompt, cells, MiB of K and V, and share of layers and heads that the guard
+        left as dropping, of each row, as means over its answers.
     """
 
     collection: str
@@ -40,6 +41,7 @@ class Scores:
     tokens: dict[Row, float]
     cells: dict[Row, float]
     mib: dict[Row, float]
+    guarded: dict[Row, float]
 
     @cached_property
     def budgets(self) -> tuple[float, ...]:
@@ -96,12 +98,17 @@ def _scores(mode: str, collection: str, answers: list[Answer]) -> Scores:
         values[row] = np.full((len(samples), len(tasks)), np.nan)
         for answer in given:
             values[row][samples[answer.sample], tasks.index(answer.task)] = answer.score
+
+    def means(value: Callable[[Answer], float]) -> dict[Row, float]:
+        return {row: float(np.mean([value(a) for a in given])) for row, given in rows.items()}
+
     return Scores(
         collection,
         mode,
         tuple(tasks),
         values,
-        {row: float(np.mean([a.tokens for a in given])) for row, given in rows.items()},
-        {row: float(np.mean([a.cells for a in given])) for row, given in rows.items()},
-        {row: float(np.mean([a.kv_bytes for a in given])) / 2**20 for row, given in rows.items()},
+        tokens=means(lambda answer: answer.tokens),
+        cells=means(lambda answer: answer.cells),
+        mib=means(lambda answer: answer.kv_bytes / 2**20),
+        guarded=means(lambda answer: answer.guarded),
     )
