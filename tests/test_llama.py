@@ -244,11 +244,32 @@ def test_save_and_load_state_without_merging(llama: Factory) -> None:
     np.testing.assert_array_equal(logits_after(llm, tokens, 3)[1:], expected[1:])
 
 
-def test_states_of_merged_caches_are_refused(llama: Factory) -> None:
+@pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o"])
+def test_save_and_load_state_with_merging(name: str, llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge=name, kv_budget=0.4)
+    tokens = llm.tokenize(TEXT.encode())
+    llm.create_completion(tokens, max_tokens=2)
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    stats = llm.kv_stats()
+    assert stats.merges
+    more = [*llm.input_ids[: llm.n_tokens].tolist(), *tokens[:5]]
+    expected = llm.create_completion(more, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    other = llama(mmproj=None, kv_merge=name, kv_budget=0.4)
+    other.load_state(state)
+    assert other.kv_stats() == stats
+    again = other.create_completion(more, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    assert again == expected
+    for unfit in (llama(mmproj=None), llama(mmproj=None, kv_merge=kvmerge.FlowMM(window=8))):
+        with pytest.raises(errors.StateError):
+            unfit.load_state(state)
+        unfit.create_completion(TEXT, max_tokens=2)
+    with pytest.raises(errors.StateError, match="saved without"):
+        other.load_state(llama(mmproj=None).save_state())
+
+
+def test_set_cache_does_not_go_with_merging(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
     llm.create_completion(TEXT, max_tokens=2)
-    with pytest.raises(errors.UnsupportedError, match="cannot be saved"):
-        llm.save_state()
     llm.set_cache(llama_cpp.LlamaRAMCache())
     with pytest.raises(errors.UnsupportedError, match="set_cache"):
         llm.create_completion(TEXT, max_tokens=2)

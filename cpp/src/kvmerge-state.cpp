@@ -80,6 +80,12 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
         write(io, layer.n_embd_head_k);
     }
 
+    // the figures of the last merge
+    write(io, stats);
+    for (const auto & flow : flows) {
+        write(io, flow);
+    }
+
     write(io, (uint32_t) cells.size());
     for (uint32_t idx : cells) {
         write_cell(io, tokens[idx]);
@@ -154,6 +160,12 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
             refuse("it is of another model (heads of layer " + std::to_string(layer.il) + ")");
         }
     }
+    const auto stats_saved = read<kvmerge_stats>(io);
+    auto       flows_saved = flows;
+    for (auto & flow : flows_saved) {
+        flow = read<kvmerge_flow>(io);
+    }
+
     if (const auto found = read<uint32_t>(io); found != cells.size()) {
         refuse("it describes " + std::to_string(found) + " cells of " + std::to_string(cells.size()));
     }
@@ -235,6 +247,10 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
     for (size_t l = 0; l < layers.size(); ++l) {
         upload_bias(l);
     }
+
+    stats = stats_saved;
+    flows = flows_saved;
+    plans.clear(); // what became of every token is not saved
 
     version++;
 }

@@ -81,6 +81,8 @@ class _State(LlamaState):
 
     positions: npt.NDArray[np.int32]
     spans: list[MediaSpan]
+    merges: list[MergeRecord]
+    merging: bool
 
 
 def _cache_type(option: str, value: object) -> int | None:
@@ -595,8 +597,8 @@ class Llama(StockLlama):
         self._check_open()
         if self.cache is not None and self._engine is not None:
             raise UnsupportedError(
-                "set_cache() does not go with kv_merge=: llama.cpp's saved states do not carry "
-                "merged cells. Call set_cache(None)"
+                "set_cache() does not go with kv_merge=: it would cut saved states to the part that "
+                "a new prompt shares, and merged cells cannot be cut. Call set_cache(None)"
             )
         try:
             for part in super()._create_completion(*args, **options):
@@ -657,27 +659,44 @@ class Llama(StockLlama):
     def save_state(self) -> LlamaState:
         """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
         self._check_open()
-        if self._merges:
-            raise UnsupportedError("a merged cache cannot be saved yet: save before merging")
         stock = super().save_state()
         state = _State.__new__(_State)
         state.__dict__.update(stock.__dict__)
         state.positions = self._positions[: self._known + 1].copy()
         state.spans = list(self._spans)
+        state.merges = list(self._merges)
+        state.merging = self._engine is not None
         return state
 
     def load_state(self, state: LlamaState) -> None:
-        """Put a saved cache back; see `llama_cpp.Llama.load_state`."""
+        """Put a saved cache back; see `llama_cpp.Llama.load_state`.
+
+        Raises
+        ------
+        StateError
+            If the state does not fit: it is of another model, or it was saved with merging where
+            this model has none, or the other way round, or with another policy.
+        """
         self._check_open()
-        if self._engine is not None:
-            raise UnsupportedError("load_state() does not go with kv_merge= yet")
-        super().load_state(state)
+        merging = isinstance(state, _State) and state.merging
+        if merging != (self._engine is not None):
+            with_, here = ("with", "without") if merging else ("without", "with")
+            raise StateError(f"the state was saved {with_} kv_merge=, this model is {here} it")
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._clear()
+            raise StateError(
+                "the state does not fit this model, its cache type or its kv_merge= policy; "
+                "the cache is empty now"
+            ) from error
         if isinstance(state, _State):
             self._known = len(state.positions) - 1
             self._positions[: self._known + 1] = state.positions
             self._spans = list(state.spans)
+            self._merges = list(state.merges)
         else:
-            self._known, self._spans = 0, []
+            self._known, self._spans, self._merges = 0, [], []
 
     # What the cache holds.
 
