@@ -61,7 +61,7 @@ def pool(score: Array, segment: Index, width: int, by_max: bool) -> Array:
 
 def forced(n: int, budget: int, p: dict[str, Any]) -> tuple[set[int], set[int]]:
     """Return the window (with the recent share) and the sinks."""
-    window = min(max(p["window"], int(np.float32(p["recent"]) * budget)), budget)
+    window = min(max(p["keep"] or p["window"], int(np.float32(p["recent"]) * budget)), budget)
     sinks = min(p["sinks"], budget - window)
     return set(range(n - window, n)), set(range(sinks))
 
@@ -72,7 +72,7 @@ def allocate(how: str, budget: int, n: int, p: dict[str, Any], need: Array, flow
     ``need`` [layers]: cells per head that cover the attention; ``flows`` [layers, 2].
     """
     layers = len(need)
-    least = min(budget, p["sinks"] + p["window"])
+    least = min(budget, p["sinks"] + (p["keep"] or p["window"]))
     if how == "pyramid":
         low = budget / 20
         want = np.linspace(2 * budget - low, low, layers)
@@ -114,7 +114,7 @@ def select(score: Array, modality: Index, budget: int, p: dict[str, Any]) -> tup
     """Return the indices of the pivots of one head, and of those that receive folds."""
     n = len(score)
     window, sinks = forced(n, budget, p)
-    protected = set(range(n - min(p["window"], budget), n))
+    protected = set(range(n - min(p["keep"] or p["window"], budget), n))
     free = [i for i in range(n) if i not in window | sinks]
     free.sort(key=lambda i: (-score[i], i))
     left = budget - len(window) - len(sinks)

@@ -38,6 +38,7 @@ POLICIES |= {
     "flowmm-fit": FlowMM(bias="fit"),
     "look-m-mean": LookM(fold="mean"),
     "look-m-weighted": LookM(fold="weighted"),
+    "mosaic-keep": Mosaic(keep=5, text=0.2),
     "mosaic-groups": Mosaic(pivots=0.0, neighbours=1, value_norm=False),
 }
 CACHES = [("f32", True), ("f32", False), ("f16", True), ("f16", False), ("q8_0", True)]
@@ -157,7 +158,7 @@ def check_sizes(
         ]
     )
     parts = np.stack([flows.text_to_media, flows.media_to_text], axis=1).astype(np.float64)
-    p = {"sinks": policy.sinks, "window": policy.window}
+    p = {"sinks": policy.sinks, "keep": policy.keep, "window": policy.window}
     expected = oracle.allocate(policy.allocate, budget, n, p, need, parts)
     assert np.abs(np.array(sizes) - expected).max() <= 1
     assert sum(sizes) == budget * layers

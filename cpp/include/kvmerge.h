@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 3
+#define KVMERGE_API_VERSION 4
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -67,7 +67,7 @@ enum kvmerge_fate {
     KVMERGE_DROPPED   = 0, // evicted, folded nowhere
     KVMERGE_FOLDED    = 1, // folded into a pivot
     KVMERGE_KEPT      = 2, // kept, and may have received folds
-    KVMERGE_PROTECTED = 3, // kept, and never receives a fold (sensitive, or part of the proxy window)
+    KVMERGE_PROTECTED = 3, // kept, and never receives a fold (sensitive, or one of the last n_keep)
 };
 
 // score: how important a token is, per layer and KV head
@@ -145,7 +145,8 @@ struct kvmerge_params {
     bool     value_norm;     // scores are multiplied with the norm of the value
     bool     guard;          // heads whose folds make the output of held-out proxies worse than eviction evict instead
 
-    int32_t  n_window;       // proxy window: queries that score, tokens that are kept             [1, 256]
+    int32_t  n_window;       // proxy window: the last queries, which score                         [1, 256]
+    int32_t  n_keep;         // last tokens that are kept and receive nothing; 0: as many as n_window [0, 256]
     int32_t  n_sink;         // first tokens of a sequence, always kept                             [0, 256]
     int32_t  n_flow_rows;    // query rows sampled per modality to estimate the flow; as many as the
                              // prompt has tokens makes it exact                                   [1, 65536]

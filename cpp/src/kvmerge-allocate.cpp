@@ -1,5 +1,7 @@
 #include "kvmerge-allocate.h"
 
+#include "kvmerge-select.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -80,7 +82,7 @@ std::vector<int32_t> kvmerge_allocate(
         int32_t n_cells, const kvmerge_params & params) {
     const int32_t n_layers = plans.size();
     const int32_t n        = plans[0][0].cells.size();
-    const int32_t n_min    = std::min(n_cells, params.n_sink + params.n_window);
+    const int32_t n_min    = std::min(n_cells, params.n_sink + kvmerge_n_keep(params));
 
     std::vector<double> want(n_layers, n_cells);
 

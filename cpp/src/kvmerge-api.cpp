@@ -69,6 +69,7 @@ struct kvmerge_params kvmerge_params_default(void) {
     params.residual    = KVMERGE_RESIDUAL_NONE;
     params.move_keys   = true;
     params.n_window    = 16;
+    params.n_keep      = 0;
     params.n_sink      = 4;
     params.n_flow_rows = 64;
     params.n_pool      = 1;

@@ -73,6 +73,7 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
         { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },
         { "n_window",    (double) params.n_window,    1,                        256                      },
+        { "n_keep",      (double) params.n_keep,      0,                        256                      },
         { "n_sink",      (double) params.n_sink,      0,                        256                      },
         { "n_flow_rows", (double) params.n_flow_rows, 1,                        65536                    },
         { "n_pool",      (double) params.n_pool,      1,                        63                       },
@@ -826,7 +827,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
 
     // The table of cells is shared by all layers and heads. A merged cell takes position and order from the pivot of the
     // widest plan: only their sequence matters, all of it lies in the past of the tokens to come.
-    // The last n_window tokens are the same everywhere, so that they can still be removed one by one.
+    // The last n_keep tokens are the same everywhere, so that they can still be removed one by one.
     auto & table = const_cast<llama_kv_cache &>(cache).v_cells[0];
 
     const kvmerge_plan * widest = &plans[0][0];
@@ -863,7 +864,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
         is_merged[cells[c]] = 1;
     }
 
-    sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(params.n_window, n_cells))];
+    sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(kvmerge_n_keep(params), n_cells))];
 
     const_cast<llama_kv_cache &>(cache).v_heads[0] = table.used_max_p1();
 

@@ -9,14 +9,15 @@ int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerg
 
     plan.fate.assign(n, KVMERGE_DROPPED);
 
-    const int32_t n_window = std::min(std::max(params.n_window, (int32_t) (params.recent*n_cells)), n_cells);
+    const int32_t n_keep = kvmerge_n_keep(params);
+    const int32_t n_last = std::min(std::max(n_keep, (int32_t) (params.recent*n_cells)), n_cells);
 
     int32_t n_forced = 0;
 
-    for (int32_t i = n - 1; i >= 0 && n_forced < n_window; --i) {
+    for (int32_t i = n - 1; i >= 0 && n_forced < n_last; --i) {
         if (plan.cells[i].mass > 0) {
-            // recent tokens beyond the window are ordinary pivots
-            plan.fate[i] = n_forced < params.n_window ? KVMERGE_PROTECTED : KVMERGE_KEPT;
+            // recent tokens beyond those are ordinary pivots
+            plan.fate[i] = n_forced < n_keep ? KVMERGE_PROTECTED : KVMERGE_KEPT;
             n_forced++;
         }
     }

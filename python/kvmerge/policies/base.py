@@ -52,7 +52,9 @@ class Policy:
         Whether heads whose folds make the output of held-out queries of the window worse than
         dropping would are left as dropping; ``kv_stats`` tells how many.
     window : int
-        Tokens at the end of the prompt whose queries score and which are kept, 1 to 256.
+        Tokens at the end of the prompt whose queries score, 1 to 256.
+    keep : int
+        Last tokens, always kept and never folded into, 0 to 256; 0 is as many as `window`.
     sinks : int
         First tokens, always kept, 0 to 256.
     flow_rows : int
@@ -95,6 +97,7 @@ class Policy:
     value_norm: bool = False
     guard: bool = False
     window: int = 16
+    keep: int = 0
     sinks: int = 4
     flow_rows: int = 64
     neighbours: int = 1
@@ -135,8 +138,8 @@ class Policy:
 
     @property
     def always_kept(self) -> int:
-        """Tokens that a merge keeps whatever the budget: the sinks and the window."""
-        return int(self.sinks + self.window)
+        """Tokens that a merge keeps whatever the budget: the sinks and the last ones."""
+        return int(self.sinks + (self.keep or self.window))
 
     def __str__(self) -> str:
         """Return the name with what differs from the defaults of the method."""

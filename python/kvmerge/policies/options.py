@@ -104,6 +104,7 @@ OPTIONS: dict[str, Word | Whole | Number | Flag] = {
     "value_norm": Flag("value_norm", False),
     "guard": Flag("guard", False),
     "window": Whole("n_window", 16, 1, 256),
+    "keep": Whole("n_keep", 0, 0, 256),
     "sinks": Whole("n_sink", 4, 0, 256),
     "flow_rows": Whole("n_flow_rows", 64, 1, 65536),
     "neighbours": Whole("n_pool", 1, 1, 63),
