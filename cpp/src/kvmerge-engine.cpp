@@ -732,6 +732,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
         }
 
         for (auto & plan : layer_plans) {
+            if (params.match == KVMERGE_MATCH_NONE) {
+                kvmerge_unfold(plan); // the control of a selection that groups
+            }
+
             kvmerge_limit         (plan, params);
             kvmerge_residual_cells(plan, budgets[l], params);
             kvmerge_select_finish (plan);

@@ -118,14 +118,8 @@ bool kvmerge_guard_layer(
         }
 
         if (sum[0] > sum[1]) {
-            for (size_t i = 0; i < plan.cells.size(); ++i) {
-                if (plan.target[i] >= 0 && plan.target[i] != (int32_t) i) {
-                    plan.target[i] = -1;
-                    plan.fate  [i] = KVMERGE_DROPPED;
-                }
-            }
-
-            kvmerge_weigh(plan, engine.params);
+            kvmerge_unfold(plan);
+            kvmerge_weigh (plan, engine.params);
             n_guarded++;
         }
 

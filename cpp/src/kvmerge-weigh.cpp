@@ -7,6 +7,15 @@
 // a bias beyond e^8 would let one cell drown all others on a query that was not measured
 static constexpr float MAX_BIAS = 8.0f;
 
+void kvmerge_unfold(kvmerge_plan & plan) {
+    for (size_t i = 0; i < plan.cells.size(); ++i) {
+        if (plan.fate[i] == KVMERGE_FOLDED) {
+            plan.fate  [i] = KVMERGE_DROPPED;
+            plan.target[i] = -1;
+        }
+    }
+}
+
 void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params) {
     const int32_t n = plan.cells.size();
 

@@ -4,6 +4,9 @@
 
 #include "kvmerge-plan.h"
 
+// Drops everything that was folded.
+void kvmerge_unfold(kvmerge_plan & plan);
+
 // Drops what is not similar enough to its pivot, or too much for it (params.similarity, params.n_member);
 // KVMERGE_FOLD_EXP raises the threshold to the running mean of the similarities (D2O).
 void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params);
