@@ -597,8 +597,8 @@ class Llama(StockLlama):
         self._check_open()
         if self.cache is not None and self._engine is not None:
             raise UnsupportedError(
-                "set_cache() does not go with kv_merge=: it would cut saved states to the part that "
-                "a new prompt shares, and merged cells cannot be cut. Call set_cache(None)"
+                "set_cache() does not go with kv_merge=: it would cut saved states to what a new "
+                "prompt shares, and merged cells cannot be cut. Call set_cache(None)"
             )
         try:
             for part in super()._create_completion(*args, **options):
