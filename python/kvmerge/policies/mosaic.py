@@ -13,24 +13,28 @@ class Mosaic(Policy):
     """Keep every picture as a mosaic of fewer, larger tiles that cover all of it.
 
     What the question does not point at is what a later question asks for, so choosing the
-    survivors by importance alone is not enough.  Part of the pictures' cells goes to their most
-    important tokens, which stay as they are.  The rest of each picture is cut into groups of
-    similar keys (farthest-point seeds, each token to its nearest), and every group becomes one
-    cell: the mean of its keys and values, with a bias that gives it the attention of the group.
-    No group crosses the border of a picture, and every picture keeps at least `floor` cells.
+    survivors by importance alone is not enough.  Each picture is cut into groups of similar keys
+    (farthest-point seeds, each token to its nearest), and every group becomes one cell: the mean
+    of its keys and values, with a bias that gives it the attention of the group.  No group crosses
+    the border of a picture, and every picture keeps at least `floor` cells.  Text stays as it is
+    as far as it fits in its share; of what does not fit, the most important tokens are kept.
+
+    The defaults are those that kept most answers in the quality table (``docs/quality.md``).
 
     Parameters
     ----------
-    pivots : float, default 0.5
-        Share of the pictures' cells for their most important tokens, 0 to 1.
-    floor : int, default 1
+    floor : int, default 2
         Cells that every picture keeps at least, 0 to 1024.
-    text : float, default 0.5
-        Share of the budget that text may take when not all of it fits, 0 to 1.
-    text_pivots : float, default 0.75
-        Share of the cells of text for its most important tokens, 0 to 1.
+    text : float, default 0.75
+        Share of the budget that text may take, 0 to 1; the pictures' floor goes first.
+    text_pivots : float, default 1.0
+        Share of the cells of text for its most important tokens, the rest for groups, 0 to 1.
+    pivots : float, default 0.0
+        Share of the pictures' cells for their most important tokens, the rest for groups, 0 to 1.
     window : int, default 16
-        Tokens at the end of the prompt whose queries score and which are kept, 1 to 256.
+        Tokens at the end of the prompt whose queries score and fit the bias, 1 to 256.
+    keep : int, default 4
+        Last tokens, always kept, 0 to 256; 0 is as many as `window`.
     neighbours : int, default 3
         Tokens over which scores are pooled, odd, 1 to 63.
     """
@@ -43,3 +47,9 @@ class Mosaic(Policy):
     bias: str = "fit"
     neighbours: int = 3
     value_norm: bool = True
+    keep: int = 4
+    sinks: int = 1
+    floor: int = 2
+    pivots: float = 0.0
+    text: float = 0.75
+    text_pivots: float = 1.0

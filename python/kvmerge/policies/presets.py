@@ -19,6 +19,7 @@ from .streaming import Streaming
 PRESETS: dict[str, Policy | None] = {
     "none": None,
     "flowmm": FlowMM(),
+    "auto": Mosaic(),
     "mosaic": Mosaic(),
     "evict": Evict(),
     "look-m": LookM(),
@@ -31,7 +32,8 @@ PRESETS: dict[str, Policy | None] = {
     "kvmerger": KVMerger(),
     "streaming": Streaming(),
 }
-"""Every accepted name with its policy; ``None`` is merging off."""
+"""Every accepted name with its policy; ``None`` is merging off, ``"auto"`` what kept most answers in
+the quality table."""
 
 
 def presets() -> tuple[str, ...]:
