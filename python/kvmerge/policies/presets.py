@@ -19,7 +19,6 @@ from .streaming import Streaming
 PRESETS: dict[str, Policy | None] = {
     "none": None,
     "flowmm": FlowMM(),
-    "auto": Mosaic(),
     "mosaic": Mosaic(),
     "evict": Evict(),
     "look-m": LookM(),
@@ -31,6 +30,7 @@ PRESETS: dict[str, Policy | None] = {
     "pyramid": Pyramid(),
     "kvmerger": KVMerger(),
     "streaming": Streaming(),
+    "auto": Mosaic(),
 }
 """Every accepted name with its policy; ``None`` is merging off, ``"auto"`` what kept most answers in
 the quality table."""
