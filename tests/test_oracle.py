@@ -35,7 +35,7 @@ POLICIES |= {
     "flowmm-across": FlowMM(theta=0.0),
     "flowmm-within": FlowMM(theta=1.0),
     "flowmm-keep-mass": FlowMM(keys="keep", bias="mass"),
-    "flowmm-fit": FlowMM(bias="fit"),
+    "flowmm-count": FlowMM(bias="count"),
     "look-m-mean": LookM(fold="mean"),
     "look-m-weighted": LookM(fold="weighted"),
     "mosaic-keep": Mosaic(keep=5, text=0.2),

@@ -41,13 +41,14 @@ class FlowMM(Policy):
         tokens makes it exact.
     keys : {"move", "keep"}
         Whether the key of a token that stands for others becomes the mean of its group.
-    bias : {"count", "none", "mass", "fit"}
-        What such a token's attention logit gets: the logarithm of the number it stands for,
-        nothing, or what the window's queries say that its group weighs, before or after its key
-        was moved.
-    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
+    bias : {"fit", "count", "mass", "none"}
+        What such a token's attention logit gets: what makes the window's queries give it the
+        attention of its group, the logarithm of the number it stands for, the logarithm of the
+        measured ratio of attention, or nothing.  The paper leaves it open; fitting kept most
+        answers in the quality table (``docs/quality.md``).
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}
         The weights in the mean of a group: equal; each member half and the kept token the rest;
-        by similarity; by its exponential; or by a Gaussian of the distance.
+        by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.
     """
 
     name: ClassVar[str] = "flowmm"
@@ -55,3 +56,4 @@ class FlowMM(Policy):
     score: str = field(default="proxy", init=False)
     select: str = field(default="top", init=False)
     match: str = field(default="flow", init=False)
+    bias: str = "fit"
