@@ -32,8 +32,8 @@ PRESETS: dict[str, Policy | None] = {
     "streaming": Streaming(),
     "auto": Mosaic(),
 }
-"""Every accepted name with its policy; ``None`` is merging off, ``"auto"`` what kept most answers in
-the quality table."""
+"""Every accepted name with its policy; ``None`` is merging off, ``"auto"`` is the method that kept
+most answers in the quality table."""
 
 
 def presets() -> tuple[str, ...]:
