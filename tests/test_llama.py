@@ -334,7 +334,7 @@ def test_defaults_are_those_of_the_library() -> None:
     native = library.kvmerge_params_default()
     names = {member for member in dir(native) if member != "size"}
     params = kvmerge.Policy().engine_params()
-    assert params == kvmerge.FlowMM().engine_params()
+    assert params == kvmerge.FlowMM(bias="count").engine_params()
     assert params.keys() == names, "every field of the struct has an option"
     for name, value in params.items():
         assert getattr(native, name) == pytest.approx(value), name
