@@ -398,9 +398,12 @@ def test_interrupted_anywhere(merge: str | None, llama: Factory, prompt: pocket.
     messages = [prompt.messages(i, ["", "red", "ring"][:i]) for i in range(3)]
     expected = [answer(llama(kv_merge=merge), turn, max_tokens=3) for turn in messages]
     llm = llama(kv_merge=merge, n_batch=64)
-    start = time.perf_counter()
-    found = [answer(llm, turn, max_tokens=3) for turn in messages]
-    seconds = time.perf_counter() - start
+    seconds = float("inf")
+    for _ in range(3):  # the fastest: on a busy machine the others are too late to interrupt
+        llm.reset()
+        start = time.perf_counter()
+        found = [answer(llm, turn, max_tokens=3) for turn in messages]
+        seconds = min(seconds, time.perf_counter() - start)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     interrupted = 0
     try:
@@ -421,7 +424,7 @@ def test_interrupted_anywhere(merge: str | None, llama: Factory, prompt: pocket.
                 assert [answer(llm, turn, max_tokens=3) for turn in messages] == found
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert interrupted > 0
+    assert interrupted > 2
 
 
 @pytest.mark.parametrize("merge", [None, "flowmm"])

@@ -1,17 +1,18 @@
 #include "kvmerge-accumulate.h"
 
+#include "kvmerge-attn.h"
 #include "kvmerge-engine.h"
 
 #include <algorithm>
 
 void kvmerge_build_accumulate(
         const llm_graph_context & graph,
+          const kvmerge_engine  & engine,
           const kvmerge_layer   & layer,
                   ggml_tensor   * q,
                   ggml_tensor   * k,
                   ggml_tensor   * kq_mask,
-                        float     kq_scale,
-                        float     logit_softcap) {
+                        float     kq_scale) {
     ggml_context * ctx = graph.ctx0;
 
     const int64_t n_kv      = kq_mask->ne[0];
@@ -25,10 +26,10 @@ void kvmerge_build_accumulate(
         const int64_t n_rows = std::min(KVMERGE_SUM_ROWS, n_tokens - i);
 
         ggml_tensor * rows = ggml_view_3d(ctx, q, q->ne[0], n_rows, q->ne[2], q->nb[1], q->nb[2], i*q->nb[1]);
-        ggml_tensor * mask = ggml_view_3d(ctx, kq_mask, n_kv, n_rows, kq_mask->ne[2], kq_mask->nb[1], kq_mask->nb[2], i*kq_mask->nb[1]);
+        ggml_tensor * mask = ggml_view_2d(ctx, kq_mask, n_kv, n_rows, kq_mask->nb[1], i*kq_mask->nb[1]);
 
-        if (!ggml_is_contiguous(mask)) {
-            mask = ggml_cont(ctx, mask);
+        if (engine.has_bias) {
+            mask = kvmerge_build_mask_per_head(ctx, layer, mask);
         }
 
         ggml_tensor * kq = ggml_mul_mat(ctx, k, rows);                                   // [n_kv, n_rows, n_head]
@@ -36,10 +37,10 @@ void kvmerge_build_accumulate(
 
         float scale = kq_scale;
 
-        if (logit_softcap > 0.0f) {
-            kq = ggml_scale(ctx, kq, kq_scale/logit_softcap);
+        if (engine.logit_softcap > 0.0f) {
+            kq = ggml_scale(ctx, kq, kq_scale/engine.logit_softcap);
             kq = ggml_tanh (ctx, kq);
-            kq = ggml_scale(ctx, kq, logit_softcap);
+            kq = ggml_scale(ctx, kq, engine.logit_softcap);
 
             scale = 1.0f;
         }

@@ -5,18 +5,18 @@
 
 #include "llama-graph.h"
 
+struct kvmerge_engine;
 struct kvmerge_layer;
 
 // query rows of a block
 static constexpr int64_t KVMERGE_SUM_ROWS = 64;
 
 // Adds what the ubatch's queries give to layer.sum.
-//   kq_mask  [n_kv, n_tokens, 1 or n_head] with the bias, if any
 void kvmerge_build_accumulate(
         const llm_graph_context & graph,
+          const kvmerge_engine  & engine,
           const kvmerge_layer   & layer,
                   ggml_tensor   * q,       // [n_embd_head_k, n_head,    n_tokens]
                   ggml_tensor   * k,       // [n_embd_head_k, n_head_kv, n_kv]
-                  ggml_tensor   * kq_mask,
-                        float     kq_scale,
-                        float     logit_softcap);
+                  ggml_tensor   * kq_mask, // [n_kv, n_tokens]
+                        float     kq_scale);

@@ -73,10 +73,7 @@ static void build_observe(const llm_graph_context & graph, const kvmerge_engine 
     ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, layer.q, rows, inp->dst));
 }
 
-// the mask with the bias of every head: [n_kv, n_tokens, n_head]
-static ggml_tensor * build_mask_per_head(const llm_graph_context & graph, const kvmerge_layer & layer, ggml_tensor * kq_mask) {
-    ggml_context * ctx = graph.ctx0;
-
+ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask) {
     const int64_t n_kv    = kq_mask->ne[0];
     const int64_t n_group = layer.n_head/layer.n_head_kv;
 
@@ -129,9 +126,7 @@ ggml_tensor * kvmerge_build_attn(
             build_observe(graph, engine, *layer, q);
 
             if (layer->sum) {
-                ggml_tensor * mask = engine->has_bias ? build_mask_per_head(graph, *layer, kq_mask) : kq_mask;
-
-                kvmerge_build_accumulate(graph, *layer, q, k, mask, kq_scale, engine->logit_softcap);
+                kvmerge_build_accumulate(graph, *engine, *layer, q, k, kq_mask, kq_scale);
             }
         }
     }
@@ -149,7 +144,7 @@ ggml_tensor * kvmerge_build_attn(
     }
 
     if (layer->mask_per_head && graph.n_tokens <= N_TOKENS_MASK_PER_HEAD) {
-        kq_mask = build_mask_per_head(graph, *layer, kq_mask);
+        kq_mask = kvmerge_build_mask_per_head(graph.ctx0, *layer, kq_mask);
 
         return graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
     }

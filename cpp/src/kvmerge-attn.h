@@ -5,6 +5,7 @@
 #include "llama-graph.h"
 
 struct kvmerge_engine;
+struct kvmerge_layer;
 
 // As llm_graph_context::build_attn_mha() (which it is when engine is nullptr). With an engine the chosen query rows
 // are copied aside, and the bias of the merged cells is added to the mask.
@@ -22,4 +23,7 @@ ggml_tensor * kvmerge_build_attn(
                           int     il);
 
 // Nodes that the engine of a context's memory adds to a graph at most; 0 without one.
-uint32_t kvmerge_n_nodes(const struct llama_memory_i * memory, uint32_t n_tokens);
+uint32_t kvmerge_n_nodes(struct llama_memory_i * memory, uint32_t n_tokens);
+
+// The mask with the bias of every head: [n_kv, n_tokens, n_head]. Large: for few tokens at a time.
+ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask);

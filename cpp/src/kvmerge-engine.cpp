@@ -31,24 +31,24 @@
 //
 
 // the part of a context's memory that grows with every token and can be merged
-static llama_kv_cache * find_cache(const llama_memory_i * memory) {
-    if (auto * cur = dynamic_cast<const llama_kv_cache *>(memory)) {
-        return const_cast<llama_kv_cache *>(cur);
+static llama_kv_cache * find_cache(llama_memory_i * memory) {
+    if (auto * cur = dynamic_cast<llama_kv_cache *>(memory)) {
+        return cur;
     }
-    if (auto * cur = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
+    if (auto * cur = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         return cur->get_base();
     }
-    if (auto * cur = dynamic_cast<const llama_memory_hybrid *>(memory)) {
+    if (auto * cur = dynamic_cast<llama_memory_hybrid *>(memory)) {
         return cur->get_mem_attn();
     }
-    if (auto * cur = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
+    if (auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
         return cur->get_mem_attn()->get_base();
     }
 
     return nullptr;
 }
 
-uint32_t kvmerge_n_nodes(const llama_memory_i * memory, uint32_t n_tokens) {
+uint32_t kvmerge_n_nodes(llama_memory_i * memory, uint32_t n_tokens) {
     const llama_kv_cache * cache = find_cache(memory);
 
     return cache && cache->get_merge() ? cache->get_merge()->n_nodes(n_tokens) : 0;
@@ -332,6 +332,8 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
     std::vector<int32_t> order(ubatch.n_tokens);
     std::vector<uint8_t> modality(ubatch.n_tokens);
 
+    bool bias_changes = false;
+
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & s = sequences[ubatch.seq_id[i][0]];
 
@@ -347,9 +349,10 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
         order[i]    = s.n_seen++;
         modality[i] = m;
 
+        bias_changes = wipe(cells[i]) || bias_changes;
+
         auto & token = tokens[cells[i]];
 
-        token          = {};
         token.order    = order[i];
         token.segment  = s.segment;
         token.modality = m;
@@ -361,6 +364,32 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
     }
 
     observer.choose(seq, order, modality);
+
+    if (bias_changes) {
+        for (size_t l = 0; l < layers.size(); ++l) {
+            upload_bias(l);
+        }
+    }
+}
+
+bool kvmerge_engine::wipe(uint32_t idx) {
+    if (tokens[idx].order < 0) {
+        return false;
+    }
+
+    bool had_bias = false;
+    for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
+        for (const auto & head : merged[l]) {
+            had_bias = had_bias || head[idx].bias != 0.0f;
+        }
+    }
+
+    tokens[idx]    = {};
+    is_merged[idx] = 0;
+
+    clear_sum(idx);
+
+    return had_bias;
 }
 
 //
@@ -369,13 +398,12 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
 
 void kvmerge_engine::on_clear() {
     for (size_t s = 0; s < sequences.size(); ++s) {
-        sequences[s] = {};
-        observer.clear(s);
+        forget(s);
     }
 
+    std::fill(tokens.begin(),    tokens.end(),    kvmerge_cell {});
     std::fill(is_merged.begin(), is_merged.end(), 0);
 
-    // bias and sums of free cells have to be zero: they are going to hold plain tokens
     for (auto & [ctx, buf] : ctxs_bufs) {
         ggml_backend_buffer_clear(buf.get(), 0);
     }
@@ -402,49 +430,49 @@ bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         }
     }
 
-    bool freed_bias = false;
-
     for (int32_t s = first; s < last; ++s) {
         if (cells.seq_pos_min(s) < 0) {
             continue;
         }
 
-        // the tail that goes, if it is one
-        int32_t n_seen = sequences[s].n_seen;
-        int64_t removed[kvmerge_observer::n_modalities] = {};
-
-        for (const auto & [pos, idx] : cells.seq_pos_get(s)) {
-            if (pos < p0 || pos >= p1) {
-                continue;
-            }
-            if (cells.seq_count(idx) == 1 && is_merged[idx]) {
-                is_merged[idx] = 0;
-                freed_bias = true;
-            }
-            if (cells.seq_count(idx) == 1) {
-                clear_sum(idx);
-            }
-            n_seen = std::min(n_seen, tokens[idx].order);
-            removed[tokens[idx].modality]++;
-        }
-
         if (is_whole(s)) {
-            sequences[s] = {};
-            observer.clear(s);
+            forget(s);
         } else if (p1 > cells.seq_pos_max(s)) {
-            sequences[s].n_seen  = n_seen;
-            sequences[s].segment++; // whatever comes now is not part of what was cut
-            observer.truncate(s, n_seen, removed);
-        }
-    }
+            // the tail goes
+            int32_t n_seen = sequences[s].n_seen;
+            int64_t removed[kvmerge_observer::n_modalities] = {};
 
-    if (freed_bias && has_bias) {
-        for (size_t l = 0; l < layers.size(); ++l) {
-            upload_bias(l);
+            const auto & seq_pos = cells.seq_pos_get(s);
+
+            for (auto it = seq_pos.lower_bound({ p0, 0 }); it != seq_pos.end(); ++it) {
+                const auto & token = tokens[it->second];
+
+                n_seen = std::min(n_seen, token.order);
+                removed[token.modality]++;
+            }
+
+            if (n_seen < sequences[s].n_seen) {
+                sequences[s].n_seen = n_seen;
+                sequences[s].segment++; // whatever comes now is not part of what was cut
+                observer.truncate(s, n_seen, removed);
+            }
         }
     }
 
     return true;
+}
+
+void kvmerge_engine::forget(llama_seq_id seq_id) {
+    sequences[seq_id] = {};
+    observer.clear(seq_id);
+}
+
+void kvmerge_engine::on_seq_keep(llama_seq_id seq_id) {
+    for (size_t s = 0; s < sequences.size(); ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            forget(s);
+        }
+    }
 }
 
 void kvmerge_engine::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
@@ -782,7 +810,11 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
     stats.n_cells_after  = n_after;
     stats.bytes_after    = 0;
     for (size_t l = 0; l < layers.size(); ++l) {
-        stats.bytes_after += budgets[l]*bytes_per_cell(layers[l]);
+        size_t n_held = 0;
+        for (const auto & plan : plans[l]) {
+            n_held = std::max(n_held, plan.kept.size());
+        }
+        stats.bytes_after += n_held*bytes_per_cell(layers[l]);
     }
     stats.t_score_us     = t_score - t_start;
     stats.t_match_us     = t_match - t_score;
@@ -832,7 +864,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
     // The table of cells is shared by all layers and heads. A merged cell takes position and order from the pivot of the
     // widest plan: only their sequence matters, all of it lies in the past of the tokens to come.
     // The last n_keep tokens are the same everywhere, so that they can still be removed one by one.
-    auto & table = const_cast<llama_kv_cache &>(cache).v_cells[0];
+    auto & table = cache.v_cells[0];
 
     const kvmerge_plan * widest = &plans[0][0];
     for (const auto & layer_plans : plans) {
@@ -855,9 +887,9 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
 
     for (uint32_t idx : cells) {
         table.rm(idx);
+        tokens   [idx] = {};
         is_merged[idx] = 0;
     }
-
 
     for (int32_t c = 0; c < n_cells; ++c) {
         table.pos_set(cells[c], pos[c]);
@@ -870,7 +902,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
 
     sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(kvmerge_n_keep(params), n_cells))];
 
-    const_cast<llama_kv_cache &>(cache).v_heads[0] = table.used_max_p1();
+    cache.v_heads[0] = table.used_max_p1();
 
     for (const auto & layer : merged) {
         for (const auto & head : layer) {

@@ -44,7 +44,6 @@ struct kvmerge_layer {
     ggml_tensor * sinks    = nullptr; // F32 [n_head]
 };
 
-
 struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     static kvmerge_status attach(llama_context * lctx, const kvmerge_params & params, kvmerge_engine ** out);
 
@@ -65,6 +64,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     void on_clear();
     bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: the range cuts into merged cells
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
+    void on_seq_keep(llama_seq_id seq_id);
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
     bool on_update(llama_context * lctx);
 
@@ -99,8 +99,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // K and V bytes of one cell of a layer
     static size_t bytes_per_cell(const kvmerge_layer & layer);
 
-    const llama_kv_cache & cache;
-    llama_context        * lctx;
+    llama_kv_cache & cache;
+    llama_context  * lctx;
 
     kvmerge_params   params;
     kvmerge_observer observer;
@@ -119,8 +119,6 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     std::vector<std::vector<kvmerge_plan>> plans; // [layer][head]
 
 private:
-    friend class kvmerge_graph_input;
-
     kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max);
 
     kvmerge_status init_layers();
@@ -130,6 +128,13 @@ private:
     // compact: cells[0, B) of the sequence take the pivots, the others are freed
     void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
 
+    // the sequence is gone
+    void forget(llama_seq_id seq_id);
+
+    // A cell that is about to hold a token again: forget what it held. Cells are freed in many places and reused in
+    // one, so they are wiped here; until then they are masked. true: its bias has to be uploaded.
+    bool wipe(uint32_t idx);
+
     void upload_bias(size_t layer);
 
     // the attention that the cells got from all queries: into plan.score, and back for the merged cells
@@ -138,7 +143,7 @@ private:
     void clear_sum (uint32_t idx);
 
     // per cell: what was written there; valid for every layer and head until the cell is merged
-    std::vector<kvmerge_cell> tokens; // [kv_size]
+    std::vector<kvmerge_cell> tokens; // [kv_size], order < 0: was never used or is wiped
 
     // merged cells differ from head to head
     std::vector<uint8_t>                                is_merged; // [kv_size]
