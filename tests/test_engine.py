@@ -358,28 +358,34 @@ def test_cells_of_a_dropped_sequence_are_wiped(model: Path) -> None:
         np.testing.assert_allclose(again, plain.decode(prompt), atol=2e-2)
 
 
-@pytest.mark.parametrize("flash_attention", [True, False])
-def test_the_model_attends_with_the_bias(tmp_path: Path, flash_attention: bool) -> None:
+def test_the_model_attends_with_the_bias(tmp_path: Path) -> None:
     """One layer, merged so that the last query's attention is kept exactly: its logits are too."""
     model = write_random_model(tmp_path / "one.gguf", Shape(layers=1, heads=2), seed=9)
-    errors = {}
-    for bias in ("mass", "none"):
-        policy = Policy(
-            window=1, sinks=0, tau=1.0, match="any", keys="keep", fold="score", bias=bias
-        )
-        with Session(
-            model, merge=merging(policy), cache_type="f32", flash_attention=flash_attention
-        ) as session:
-            rng = np.random.default_rng(8)
-            tokens = rng.integers(0, 512, 120).tolist()
+    tokens = np.random.default_rng(8).integers(0, 512, 120).tolist()
+    policy = Policy(window=1, sinks=0, tau=1.0, match="any", keys="keep", fold="score", bias="mass")
+    errors = []
+    for cur in (policy, replace(policy, bias="none")):
+        with Session(model, merge=merging(cur), cache_type="f32", flash_attention=False) as session:
             full = session.decode(tokens)
-            session.engine.merge(40)
-            assert session.engine.read_cells(0).bias.max() < 3, "at its limit it is not exact"
+            session.engine.merge(75)
             assert session.remove(119, -1)
-            errors[bias] = np.abs(session.decode(tokens[-1:], position=119) - full).max()
-    # F16 rounds the bias in the mask of flash attention
-    assert errors["mass"] < (2e-2 if flash_attention else 1e-3)
-    assert errors["none"] > 10 * errors["mass"], "without the bias it is not exact"
+            errors.append(np.abs(session.decode(tokens[-1:], position=119) - full).max())
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-3, "without the bias it is not exact"
+
+
+@pytest.mark.parametrize("batch", [1, 40], ids=["mask-per-head", "head-by-head"])
+def test_flash_attention_uses_the_same_bias(model: Path, batch: int) -> None:
+    results = []
+    for bias, flash_attention in (("count", True), ("count", False), ("none", False)):
+        with Session(
+            model, merge=merging(FlowMM(bias=bias)), flash_attention=flash_attention
+        ) as session:
+            read(session)
+            session.engine.merge(40)
+            results.append(session.decode(list(range(batch))))
+    difference = np.abs(results[0] - results[1]).max()
+    assert np.abs(results[2] - results[1]).max() > 10 * difference
 
 
 def test_no_picture_vanishes_from_a_mosaic(model: Path) -> None:
