@@ -214,11 +214,13 @@ KVMERGE_API int32_t kvmerge_set_params(struct kvmerge_engine * engine, const str
 KVMERGE_API int32_t kvmerge_media_begin(struct kvmerge_engine * engine, int32_t modality);
 KVMERGE_API int32_t kvmerge_media_end  (struct kvmerge_engine * engine);
 
-// Merge a sequence down to n_cells cells, now. Does nothing (OK) when it holds no more than that.
+// Merge a sequence down to n_cells cells a layer (where layers differ, in the mean), now. Does nothing (OK) when it holds
+// no more than that.
 //   n_cells  [1, cells of the sequence]
 KVMERGE_API int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_cells);
 
-// Cells that a sequence holds now, and the tokens they stand for. Negative: a kvmerge_status.
+// Cells that a sequence holds now (where layers differ, of the one that holds most), and the tokens they stand for.
+// Negative: a kvmerge_status.
 KVMERGE_API int32_t kvmerge_n_cells (const struct kvmerge_engine * engine, int32_t seq_id);
 KVMERGE_API int32_t kvmerge_n_tokens(const struct kvmerge_engine * engine, int32_t seq_id);
 
@@ -266,6 +268,7 @@ KVMERGE_API int32_t kvmerge_get_plan(
 //   k     F32 [n][n_heads][n_embd_head_k]      v     F32 [n][n_heads][n_embd_head_v]
 //   bias  F32 [n][n_heads]                     mass  F32 [n][n_heads]
 //   order I32 [n][n_heads]
+// A layer that holds fewer cells than the widest one has mass 0, order -1 and bias -INFINITY in front.
 // Quantized types are converted; where llama.cpp rotates quantized K and V (Hadamard), they come rotated.
 // Arrays may be NULL. Returns n, or a negative status; capacity counts cells.
 KVMERGE_API int32_t kvmerge_read_cells(

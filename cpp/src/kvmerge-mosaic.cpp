@@ -197,7 +197,7 @@ bool kvmerge_mosaic_layer(
         const int32_t n_text  = text_cells(plan, n_free, n_media_floor, params.text);
         const int32_t n_media = n_free - n_text;
 
-        // text by score first: what it loses cannot be averaged back. Half of what does not fit is grouped.
+        // the floor goes to groups before any pivot
         const int32_t n_media_groups = std::max<int32_t>(std::min(n_media, n_media_floor), std::lround(n_media*(1.0f - params.pivots)));
 
         int32_t n_text_members = 0;
