@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ if STOCK:
     import llama_cpp
 else:
     from kvmerge import _library
-    from kvmerge._binding import Engine
+    from kvmerge._binding import Engine, small_beginning
 
     llama_cpp = _library.load()
 
@@ -48,6 +49,8 @@ class Session:
         Whether attention is fused; a quantized V needs it.
     n_ctx, n_batch
         As in llama.cpp.
+    first_cells
+        Cells that the cache begins with; 0: ``n_ctx``.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Session:
         n_batch: int = 512,
         n_seq_max: int = 1,
         threads: int = 1,
+        first_cells: int = 0,
     ) -> None:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -75,7 +79,8 @@ class Session:
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = GGML_TYPES[cache_type]
         context.flash_attn_type = 1 if flash_attention else 0
-        self.context = llama_cpp.llama_init_from_model(self.model, context)
+        with nullcontext() if STOCK else small_beginning(first_cells):
+            self.context = llama_cpp.llama_init_from_model(self.model, context)
         assert self.context, "no context"
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
@@ -154,3 +159,22 @@ class Session:
     def remove(self, start: int, end: int, sequence: int = 0) -> bool:
         """Remove positions [start, end) of a sequence; false when it is refused."""
         return bool(llama_cpp.llama_memory_seq_rm(self.memory, sequence, start, end))
+
+    def save(self, *, whole: bool = False) -> bytes:
+        """Return the state of sequence 0, or of the whole context."""
+        if whole:
+            size = llama_cpp.llama_state_get_size(self.context)
+            buffer = (ctypes.c_uint8 * size)()
+            assert llama_cpp.llama_state_get_data(self.context, buffer, size) == size
+        else:
+            size = llama_cpp.llama_state_seq_get_size(self.context, 0)
+            buffer = (ctypes.c_uint8 * size)()
+            assert llama_cpp.llama_state_seq_get_data(self.context, buffer, size, 0) == size
+        return bytes(buffer)
+
+    def restore(self, state: bytes, *, whole: bool = False) -> bool:
+        """Put a state back; false when it is refused."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if whole:
+            return llama_cpp.llama_state_set_data(self.context, buffer, len(state)) == len(state)
+        return llama_cpp.llama_state_seq_set_data(self.context, buffer, len(state), 0) == len(state)

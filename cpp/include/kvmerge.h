@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 4
+#define KVMERGE_API_VERSION 5
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -213,6 +213,24 @@ KVMERGE_API int32_t kvmerge_set_params(struct kvmerge_engine * engine, const str
 // Without these calls, embedding input counts as IMAGE, and a run of it as one segment.
 KVMERGE_API int32_t kvmerge_media_begin(struct kvmerge_engine * engine, int32_t modality);
 KVMERGE_API int32_t kvmerge_media_end  (struct kvmerge_engine * engine);
+
+// The next context that this thread makes begins with a cache of n_cells cells instead of n_ctx; 0: as llama.cpp does it.
+// With an engine attached, such a cache grows by what a batch needs, up to n_ctx or n_cells_max, and shrinks after a merge.
+// Without one, or before, it stays small: call this with 0 once the context is made.
+//   n_cells  rounded up to a multiple of 256; at least n_ubatch, or the first batch is reported as too large
+KVMERGE_API int32_t kvmerge_begin_small(int32_t n_cells);
+
+// How many cells the cache may have, all sequences together, and what happens when they do not suffice: llama_decode()
+// then merges before it reads the batch.
+//   n_cells_max  0: no limit but n_ctx; else 256 and more, rounded down to a multiple of 256; room for a batch included
+//   share        of a sequence's tokens that such a merge leaves, while that makes enough room; 0: as many as fit [0, 1]
+//   n_whole      pictures or clips, the last ones, that every merge leaves as they are where the budget has room for them
+KVMERGE_API int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole);
+
+// Cells that the cache has now, used or not, all sequences together; and the bytes of K, V and bias that they take.
+// Negative: a kvmerge_status.
+KVMERGE_API int32_t kvmerge_size (const struct kvmerge_engine * engine);
+KVMERGE_API int64_t kvmerge_bytes(const struct kvmerge_engine * engine);
 
 // Merge a sequence down to n_cells cells a layer (where layers differ, in the mean), now. Does nothing (OK) when it holds
 // no more than that.

@@ -79,7 +79,7 @@ static int32_t n_to_cover(const kvmerge_plan & plan, bool text, float share) {
 std::vector<int32_t> kvmerge_allocate(
         const std::vector<std::vector<kvmerge_plan>> & plans,
         const std::vector<kvmerge_flow>              & flows,
-        int32_t n_cells, const kvmerge_params & params) {
+        int32_t n_cells, int32_t n_most, const kvmerge_params & params) {
     const int32_t n_layers = plans.size();
     const int32_t n        = plans[0][0].cells.size();
     const int32_t n_min    = std::min(n_cells, params.n_sink + kvmerge_n_keep(params));
@@ -131,5 +131,5 @@ std::vector<int32_t> kvmerge_allocate(
             break;
     }
 
-    return round_to_total(want, (int64_t) n_cells*n_layers, n_min, n);
+    return round_to_total(want, (int64_t) n_cells*n_layers, n_min, std::min(n, n_most));
 }

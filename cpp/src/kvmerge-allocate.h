@@ -9,4 +9,4 @@
 std::vector<int32_t> kvmerge_allocate(
         const std::vector<std::vector<kvmerge_plan>> & plans,
         const std::vector<kvmerge_flow>              & flows,
-        int32_t n_cells, const kvmerge_params & params);
+        int32_t n_cells, int32_t n_most, const kvmerge_params & params);

@@ -117,6 +117,18 @@ int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_
     return guarded([&]() -> int32_t { return engine->merge(seq_id, n_cells); });
 }
 
+int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole) {
+    return guarded([&]() -> int32_t { return engine->set_room(n_cells_max, share, n_whole); });
+}
+
+int32_t kvmerge_size(const struct kvmerge_engine * engine) {
+    return engine->cache.get_size();
+}
+
+int64_t kvmerge_bytes(const struct kvmerge_engine * engine) {
+    return engine->bytes();
+}
+
 int32_t kvmerge_n_cells(const struct kvmerge_engine * engine, int32_t seq_id) {
     return guarded([&]() -> int32_t {
         const int32_t status = check_seq(engine, seq_id);

@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <map>
 
 //
@@ -190,27 +191,41 @@ static bool supports_mask_per_head(ggml_backend_dev_t dev, const kvmerge_layer &
     return ggml_backend_dev_supports_op(dev, res);
 }
 
+// one buffer for the tensors that `make` adds, of each buffer type of the layers' keys
+static bool alloc_beside_keys(
+        const std::vector<kvmerge_layer> & layers,
+        const std::function<void(ggml_context *, size_t)> & make,
+        std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs) {
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+
+    for (size_t l = 0; l < layers.size(); ++l) {
+        auto & ctx = ctxs[ggml_backend_buffer_get_type(layers[l].k->buffer)];
+
+        if (!ctx) {
+            ctx.reset(ggml_init({ /*.mem_size =*/ 2*layers.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+        }
+
+        make(ctx.get(), l);
+    }
+
+    bufs.clear();
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+
+        if (!buf) {
+            return false;
+        }
+
+        ggml_backend_buffer_clear(buf.get(), 0);
+        bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+
+    return true;
+}
+
 kvmerge_status kvmerge_engine::init_layers() {
     const auto & hparams    = cache.hparams;
     const bool   flash_attn = lctx->get_cparams().flash_attn;
-
-    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
-
-    const auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
-        auto & ctx = ctx_map[buft];
-        if (!ctx) {
-            ggml_init_params ctx_params = {
-                /*.mem_size   =*/ 3*cache.layers.size()*ggml_tensor_overhead(),
-                /*.mem_buffer =*/ nullptr,
-                /*.no_alloc   =*/ true,
-            };
-
-            ctx = ggml_init(ctx_params);
-            ctxs_bufs.emplace_back(ctx, nullptr);
-        }
-
-        return ctx;
-    };
 
     for (const auto & kv : cache.layers) {
         if (!kv.k || !kv.v) {
@@ -224,8 +239,8 @@ kvmerge_status kvmerge_engine::init_layers() {
         layer.n_head_kv     = hparams.n_head_kv(kv.il);
         layer.n_embd_head_k = hparams.n_embd_head_k(kv.il);
         layer.n_embd_head_v = hparams.n_embd_head_v(kv.il);
-        layer.k             = kv.k_stream[0];
-        layer.v             = kv.v_stream[0];
+        layer.k             = kv.k;
+        layer.v             = kv.v;
         layer.kq_scale      = 1.0f/sqrtf(float(layer.n_embd_head_k));
 
         if (layer.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || layer.n_embd_head_v % ggml_blck_size(layer.v->type) != 0) {
@@ -234,37 +249,22 @@ kvmerge_status kvmerge_engine::init_layers() {
                     kv.il, layer.n_embd_head_k, layer.n_embd_head_v, ggml_type_name(layer.k->type), ggml_type_name(layer.v->type));
         }
 
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(kv.k->buffer);
-        ggml_backend_dev_t         dev  = ggml_backend_buft_get_device(buft);
-
-        ggml_context * ctx = ctx_for_buft(buft);
-
-        layer.q    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) layer.n_embd_head_k*layer.n_head, observer.n_slots());
-        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, cache.get_size(), layer.n_head_kv);
-
-        ggml_format_name(layer.q,    "kvmerge_q_l%d",    layer.il);
-        ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
-
-        if (params.score == KVMERGE_SCORE_ALL) {
-            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache.get_size(), layer.n_head_kv);
-            ggml_format_name(layer.sum, "kvmerge_sum_l%d", layer.il);
-        }
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(kv.k->buffer));
 
         layer.mask_per_head = !dev || supports_mask_per_head(dev, layer, flash_attn);
 
         layers.push_back(layer);
     }
 
-    for (auto & [ctx, buf] : ctxs_bufs) {
-        for (const auto & [buft, cur] : ctx_map) {
-            if (cur == ctx.get()) {
-                buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(cur, buft));
-            }
-        }
-        if (!buf) {
-            return kvmerge_error(KVMERGE_ERROR_MEMORY, "failed to allocate the buffer of the observed queries");
-        }
-        ggml_backend_buffer_clear(buf.get(), 0);
+    const auto make_q = [&](ggml_context * ctx, size_t l) {
+        auto & layer = layers[l];
+
+        layer.q = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, (int64_t) layer.n_embd_head_k*layer.n_head, observer.n_slots());
+        ggml_format_name(layer.q, "kvmerge_q_l%d", layer.il);
+    };
+
+    if (!alloc_beside_keys(layers, make_q, bufs_q) || !init_bias(cache.get_size())) {
+        return kvmerge_error(KVMERGE_ERROR_MEMORY, "failed to allocate the buffers of the observed queries and of the bias");
     }
 
     flows.resize(layers.size());
@@ -273,6 +273,8 @@ kvmerge_status kvmerge_engine::init_layers() {
         merged[l].resize(layers[l].n_head_kv);
     }
 
+    room.is_elastic = cache.get_size() < lctx->get_cparams().n_ctx_seq;
+
     stats.n_layers       = layers.size();
     stats.n_heads        = n_head_kv_max();
     for (const auto & layer : layers) {
@@ -280,6 +282,24 @@ kvmerge_status kvmerge_engine::init_layers() {
     }
 
     return KVMERGE_OK;
+}
+
+bool kvmerge_engine::init_bias(uint32_t n_cells) {
+    const bool flash_attn = lctx->get_cparams().flash_attn;
+
+    const auto make_bias = [&](ggml_context * ctx, size_t l) {
+        auto & layer = layers[l];
+
+        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, layer.n_head_kv);
+        ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
+
+        if (params.score == KVMERGE_SCORE_ALL) {
+            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_cells, layer.n_head_kv);
+            ggml_format_name(layer.sum, "kvmerge_sum_l%d", layer.il);
+        }
+    };
+
+    return alloc_beside_keys(layers, make_bias, bufs_bias);
 }
 
 kvmerge_status kvmerge_engine::set_params(const kvmerge_params & params_new) {
@@ -404,8 +424,10 @@ void kvmerge_engine::on_clear() {
     std::fill(tokens.begin(),    tokens.end(),    kvmerge_cell {});
     std::fill(is_merged.begin(), is_merged.end(), 0);
 
-    for (auto & [ctx, buf] : ctxs_bufs) {
-        ggml_backend_buffer_clear(buf.get(), 0);
+    for (auto * bufs : { &bufs_q, &bufs_bias }) {
+        for (auto & [ctx, buf] : *bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
     }
     if (has_bias) {
         has_bias = false;
@@ -414,6 +436,9 @@ void kvmerge_engine::on_clear() {
 
     media.is_open = false;
     pending       = {};
+    n_wanted      = 0;
+
+    shrink();
 }
 
 bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -608,16 +633,20 @@ void kvmerge_engine::upload_bias(size_t l) {
     }
 }
 
-// bytes of the context's compute buffers
-static size_t compute_size(const llama_context * lctx) {
-    ggml_backend_sched_t sched = lctx->get_sched();
-
-    size_t res = 0;
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        res += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
+kvmerge_status kvmerge_engine::check_merge(llama_seq_id seq_id, const std::vector<uint32_t> & cells) const {
+    for (uint32_t idx : cells) {
+        if (cache.get_cells(0).seq_count(idx) > 1) {
+            return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "sequence %d shares cells with another sequence: merge before it is copied", seq_id);
+        }
+    }
+    if (cache.get_has_shift()) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "positions were shifted and the shift is not applied yet: decode first");
+    }
+    if (observer.window(seq_id, sequences[seq_id].n_seen).empty()) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "no query of sequence %d was observed: its tokens were copied or restored, decode at least one", seq_id);
     }
 
-    return res;
+    return KVMERGE_OK;
 }
 
 kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
@@ -633,29 +662,14 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
     if ((size_t) n_cells >= cells.size()) {
         return KVMERGE_OK;
     }
-    for (uint32_t idx : cells) {
-        if (cache.get_cells(0).seq_count(idx) > 1) {
-            return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "sequence %d shares cells with another sequence: merge before it is copied", seq_id);
-        }
-    }
-    if (cache.get_has_shift()) {
-        return kvmerge_error(KVMERGE_ERROR_STATE, "positions were shifted and the shift is not applied yet: decode first");
-    }
-    if (observer.window(seq_id, sequences[seq_id].n_seen).empty()) {
-        return kvmerge_error(KVMERGE_ERROR_STATE, "no query of sequence %d was observed: its tokens were copied or restored, decode at least one", seq_id);
+    if (const auto status = check_merge(seq_id, cells)) {
+        return status;
     }
 
     pending = { seq_id, n_cells, KVMERGE_OK };
 
-    const size_t size_before = compute_size(lctx);
-
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
     lctx->memory_update(true);
-
-    // give back the scratch of the merge
-    if (compute_size(lctx) > size_before) {
-        lctx->sched_reserve_later();
-    }
 
     const kvmerge_status status = pending.status;
 
@@ -665,22 +679,28 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 }
 
 bool kvmerge_engine::on_update(llama_context * lctx_update) {
-    if (!is_pending()) {
-        return false;
-    }
-
     GGML_ASSERT(lctx_update == lctx);
 
+    bool updated = false;
+
     try {
-        pending.status = run(pending.seq_id, pending.n_cells);
+        if (n_wanted > 0) {
+            updated  = make_room(n_wanted);
+            n_wanted = 0;
+        }
+        if (pending.n_cells > 0) {
+            pending.status = run(pending.seq_id, pending.n_cells, n_cells_max());
+            updated        = pending.status == KVMERGE_OK;
+        }
     } catch (const std::bad_alloc &) {
         pending.status = kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
+        n_wanted       = 0;
     }
 
-    return pending.status == KVMERGE_OK;
+    return updated;
 }
 
-kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
+kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most) {
     const int64_t t_start = ggml_time_us();
 
     lctx->synchronize();
@@ -701,6 +721,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
                 plans_new[l][h].cells.push_back(cell(idx, l, h));
             }
         }
+
+        mark_whole(n_cells, plans_new[l]);
 
         if (params.score == KVMERGE_SCORE_POSITION) {
             for (auto & plan : plans_new[l]) {
@@ -726,7 +748,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
         }
     }
 
-    const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, params);
+    const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, n_most, params);
 
     size_t  n_after   = 0; // cells of the layer that keeps most
     int32_t n_guarded = 0;
@@ -800,6 +822,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells) {
     for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
         store_sums(l, cells, n_after);
     }
+
+    shrink();
 
     const int64_t t_end = ggml_time_us();
 

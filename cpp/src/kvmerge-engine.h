@@ -57,6 +57,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     kvmerge_status merge(llama_seq_id seq_id, int32_t n_cells);
 
+    kvmerge_status set_room(int32_t n_cells_max, float share, int32_t n_whole);
+
     //
     // called by llama_kv_cache
     //
@@ -66,14 +68,19 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
     void on_seq_keep(llama_seq_id seq_id);
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
+    void on_no_slot(const std::vector<llama_ubatch> & ubatches); // the next update makes room for them
     bool on_update(llama_context * lctx);
+    void on_restore(uint32_t n_cells); // a state of so many cells is about to be read
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
 
     // cells: where the saved cells were placed, in the order in which they were written; throws like llama_kv_cache
     void state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells);
 
-    bool is_pending() const { return pending.n_cells > 0; }
+    // bytes of K, V, bias and sums as they are allocated
+    int64_t bytes() const;
+
+    bool is_pending() const { return pending.n_cells > 0 || n_wanted > 0; }
 
     //
     // for the steps
@@ -123,7 +130,36 @@ private:
 
     kvmerge_status init_layers();
 
-    kvmerge_status run(llama_seq_id seq_id, int32_t n_cells);
+    // buffers of the bias and the sums for n_cells cells, empty
+    bool init_bias(uint32_t n_cells);
+
+    // n_most: cells that no layer exceeds, where layers differ
+    kvmerge_status run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most);
+
+    // KVMERGE_OK: the sequence can be merged now
+    kvmerge_status check_merge(llama_seq_id seq_id, const std::vector<uint32_t> & cells) const;
+
+    //
+    // kvmerge-room.cpp: how many cells there are
+    //
+
+    // the most cells that the cache may have
+    uint32_t n_cells_max() const;
+
+    // let n_tokens more fit: more cells up to the most there may be, then merging
+    bool make_room(uint32_t n_tokens);
+
+    // no more cells than are needed
+    void shrink();
+
+    // the cells from now on; those that are used lie below. false: there is no memory for them, nothing has changed
+    bool resize(uint32_t n_cells);
+
+    // the layers take the tensors of the cache
+    void attach_tensors();
+
+    // the last pictures are kept whole while they leave room for the rest
+    void mark_whole(int32_t n_cells, std::vector<kvmerge_plan> & plans) const;
 
     // compact: cells[0, B) of the sequence take the pivots, the others are freed
     void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
@@ -170,6 +206,20 @@ private:
         kvmerge_status status  = KVMERGE_OK;
     } pending;
 
-    // buffers of the observed queries and of the bias, on the device of their layer
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    // how many cells there may be, and what a merge that makes room leaves
+    struct {
+        int32_t n_cells_max = 0; // 0: as many as the context has tokens
+        float   share       = 0; // of the tokens, 0: as many as fit
+        int32_t n_whole     = 0; // last pictures that are kept whole
+
+        bool is_elastic = false; // the cache began small: it grows and shrinks
+        bool is_tight   = false; // the merge that runs makes room
+    } room;
+
+    uint32_t n_wanted     = 0;     // tokens that found no slot
+    bool     has_own_bufs = false; // every layer of the cache has a buffer of its own
+
+    // buffers of the observed queries, and of the bias and the sums, on the device of their layer
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_q;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_bias;
 };

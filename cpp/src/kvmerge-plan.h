@@ -18,6 +18,7 @@ struct kvmerge_cell {
     float   mass     = 1;  // number of tokens that it stands for, 0: the layer holds nothing here
     float   bias     = 0;  // what is added to its attention logit
     uint8_t modality = KVMERGE_TEXT;
+    bool    is_whole = false; // of a picture that this merge leaves as it is
 };
 
 struct kvmerge_plan {

@@ -22,6 +22,13 @@ int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerg
         }
     }
 
+    for (int32_t i = 0; i < n && n_forced < n_cells; ++i) {
+        if (plan.cells[i].is_whole && plan.cells[i].mass > 0 && plan.fate[i] == KVMERGE_DROPPED) {
+            plan.fate[i] = KVMERGE_PROTECTED;
+            n_forced++;
+        }
+    }
+
     int32_t n_sink = 0;
 
     for (int32_t i = 0; i < n && n_sink < params.n_sink && n_forced < n_cells; ++i) {

@@ -9,7 +9,8 @@ inline int32_t kvmerge_n_keep(const kvmerge_params & params) {
     return params.n_keep > 0 ? params.n_keep : params.n_window;
 }
 
-// The cells that are kept whatever the scores say: the last min(n_keep, n_cells), protected, and the first n_sink.
+// The cells that are kept whatever the scores say: the last min(n_keep, n_cells) and whole pictures, protected, and the
+// first n_sink.
 // Sets fate; returns how many.
 int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
 

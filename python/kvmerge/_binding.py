@@ -110,6 +110,23 @@ def check() -> None:
         )
 
 
+@contextmanager
+def small_beginning(cells: int) -> Iterator[None]:
+    """Let the context that is made inside begin with a cache of few cells, which then grows.
+
+    Parameters
+    ----------
+    cells : int
+        How many; 0 changes nothing.
+    """
+    library = _native()[1]
+    library.kvmerge_begin_small(cells)
+    try:
+        yield
+    finally:
+        library.kvmerge_begin_small(0)
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """``struct kvmerge_stats``: figures of the last merge."""
@@ -232,6 +249,28 @@ class Engine:
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Change the policy; the window and the number of flow rows cannot change."""
         self._check(self._library.kvmerge_set_params(self._engine, self._params(params)))
+
+    def set_room(self, cells: int = 0, share: float = 0.0, whole: int = 0) -> None:
+        """Limit the cells of the cache.
+
+        Parameters
+        ----------
+        cells : int
+            The most there may be, at least 256; 0 is no limit.
+        share : float
+            Share of the tokens that a merge leaves which makes room, 0 to 1; 0 is as many as fit.
+        whole : int
+            Last pictures that every merge leaves as they are.
+        """
+        self._check(self._library.kvmerge_set_room(self._engine, cells, share, whole))
+
+    def size(self) -> int:
+        """Return the cells that the cache has, used or not."""
+        return int(self._library.kvmerge_size(self._engine))
+
+    def bytes(self) -> int:
+        """Return the bytes of K, V and bias as they are allocated."""
+        return int(self._library.kvmerge_bytes(self._engine))
 
     @contextmanager
     def media(self, modality: str) -> Iterator[None]:

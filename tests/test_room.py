@@ -1,0 +1,166 @@
+"""A cache that begins small, grows with what is read, shrinks after a merge, and keeps to a cap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmerge.errors import OptionError
+from kvmerge.policies import PRESETS, FlowMM
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
+
+CACHES = [("f16", True), ("f16", False), ("f32", False), ("q8_0", True), ("q4_0", True)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random.gguf"
+    return write_random_model(path, Shape(layers=3), seed=4)
+
+
+def words(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 512, n).tolist()
+
+
+@pytest.mark.parametrize(("cache_type", "flash_attention"), CACHES)
+def test_growing_changes_no_logit(model: Path, cache_type: str, flash_attention: bool) -> None:
+    options = {"cache_type": cache_type, "flash_attention": flash_attention, "n_batch": 128}
+    results = []
+    for first_cells in (0, 256):
+        with Session(model, merge={}, n_ctx=2048, first_cells=first_cells, **options) as session:
+            logits = [session.decode(words(100, i)) for i in range(9)]
+            assert session.engine.size() == (1024 if first_cells else 2048)
+            results.append(logits + session.generate(logits[-1], 4))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(("cache_type", "flash_attention"), CACHES)
+@pytest.mark.parametrize("name", ["flowmm", "h2o"])
+def test_shrinking_changes_no_logit(
+    model: Path, name: str, cache_type: str, flash_attention: bool
+) -> None:
+    options = {"cache_type": cache_type, "flash_attention": flash_attention, "n_batch": 128}
+    merge = PRESETS[name].engine_params()
+    results = []
+    for first_cells in (0, 256):
+        with Session(model, merge=merge, n_ctx=2048, first_cells=first_cells, **options) as session:
+            for i in range(8):
+                logits = session.decode(words(100, i))
+            session.engine.merge(160)
+            if first_cells:
+                assert session.engine.size() == 256
+            # grow again, over the merged cells, and merge what was merged
+            logits = [session.decode(words(100, i)) for i in range(20, 26)]
+            session.engine.merge(200)
+            results.append(logits + session.generate(logits[-1], 4))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_bytes_follow_the_cells(model: Path) -> None:
+    with Session(model, merge={}, n_ctx=4096, n_batch=256, first_cells=256) as session:
+        engine = session.engine
+        for i in range(15):
+            session.decode(words(256, i))
+        assert engine.size() == 3840
+        before = engine.bytes()
+        engine.merge(384)
+        assert engine.size() == 512
+        assert engine.bytes() == pytest.approx(before * 512 / 3840, rel=0.01)
+        llama_cpp.llama_memory_clear(session.memory, True)
+        assert engine.size() == 256
+
+
+@pytest.mark.parametrize("name", [name for name, policy in PRESETS.items() if policy])
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_prompt_of_many_times_the_cap(model: Path, name: str, share: float) -> None:
+    cap = 512
+    merge = PRESETS[name].engine_params()
+    with Session(model, merge=merge, n_ctx=8192, n_batch=128, first_cells=256) as session:
+        session.engine.set_room(cap, share)
+        for i in range(32):
+            logits = session.decode(words(128, i))
+            assert session.engine.size() <= cap
+            assert session.engine.n_cells() <= cap
+        assert session.engine.n_tokens() == 4096
+        assert session.engine.stats().n_merges > 3
+        for logits in session.generate(logits, 300):
+            assert np.isfinite(logits).all()
+        assert session.engine.size() <= cap
+        assert session.engine.n_tokens() == 4396
+        if name in ("look-m", "flowmm"):
+            # nothing is dropped in any of the merges
+            np.testing.assert_allclose(session.engine.read_cells(0).mass.sum(axis=0), 4396)
+
+
+def test_the_share_is_of_all_tokens(model: Path) -> None:
+    """Not of each chunk: what is left of early chunks goes on shrinking."""
+    with Session(
+        model, merge=FlowMM().engine_params(), n_ctx=8192, n_batch=128, first_cells=256
+    ) as session:
+        session.engine.set_room(1024, 0.1)
+        for i in range(40):
+            session.decode(words(128, i))
+        stats = session.engine.stats()
+        assert stats.n_cells_after == pytest.approx(0.1 * stats.n_tokens, abs=1)
+
+
+def test_last_pictures_stay_whole(model: Path) -> None:
+    rng = np.random.default_rng(2)
+    with Session(
+        model, merge=PRESETS["mosaic"].engine_params(), n_ctx=8192, n_batch=128, first_cells=256
+    ) as session:
+        session.engine.set_room(1024, 0.0, 2)
+        for i in range(20):
+            session.decode(words(30, i))
+            with session.engine.media("image"):
+                session.decode(embeddings=rng.standard_normal((64, session.n_embd)))
+        session.decode(words(30))
+        session.engine.merge(300)
+        plan = session.engine.plan(1, 0)
+        kept = plan.fate >= 2
+        pictures = np.unique(plan.segment[plan.modality == 1])
+        shares = [kept[plan.segment == picture].sum() for picture in pictures]
+        assert shares[-2:] == [64, 64]
+        assert max(shares[:-2]) < 64
+        # those that were read long ago were merged more often
+        assert len(pictures) == 20
+
+
+def test_a_cap_is_not_exceeded_by_a_batch_that_cannot_fit(model: Path) -> None:
+    with Session(
+        model, merge=FlowMM().engine_params(), n_ctx=4096, n_batch=512, first_cells=256
+    ) as session:
+        session.engine.set_room(512)
+        session.decode(words(400))
+        with pytest.raises(AssertionError):
+            session.decode(words(512))
+        assert session.engine.size() <= 512
+        # what was there is still there
+        assert np.isfinite(session.decode(words(20))).all()
+
+
+def test_room_checks_its_arguments(model: Path) -> None:
+    with Session(model, merge={}) as session:
+        for arguments in [(100,), (-1,), (512, 1.5), (512, 0.2, -1)]:
+            with pytest.raises(OptionError, match="accepted is"):
+                session.engine.set_room(*arguments)
+
+
+def test_a_state_is_restored_into_a_small_cache(model: Path) -> None:
+    merge = FlowMM().engine_params()
+    with Session(model, merge=merge, n_ctx=4096, n_batch=128, first_cells=256) as session:
+        for i in range(16):
+            session.decode(words(128, i))
+        session.engine.merge(700)
+        for whole in (True, False):
+            saved = session.save(whole=whole)
+            expected = session.decode([7], position=session.position)
+            llama_cpp.llama_memory_clear(session.memory, True)
+            assert session.engine.size() == 256
+            assert session.restore(saved, whole=whole)
+            assert session.engine.size() == 768
+            np.testing.assert_array_equal(session.decode([7], position=session.position), expected)
+            session.remove(session.position, -1)
