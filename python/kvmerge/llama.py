@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from . import _library
 from .budget import Budget
+from .cap import Cap
 from .errors import (
     ClosedError,
     ContextLengthError,
@@ -42,7 +43,7 @@ llama_cpp = _library.load()
 from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
-from ._binding import Engine  # noqa: E402
+from ._binding import Engine, small_beginning  # noqa: E402
 
 log = logging.getLogger("kvmerge")
 
@@ -64,8 +65,9 @@ _STOCK_OPTIONS = frozenset(inspect.signature(StockLlama.__init__).parameters) - 
 _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
-    | {"image_min_tokens", "image_max_tokens"}
+    | {"kv_max_cells", "keep_last_images", "image_min_tokens", "image_max_tokens"}
 )
+_N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _MIB = 1024 * 1024
 
 
@@ -130,6 +132,13 @@ class Llama(StockLlama):
         How many of the prompt's last tokens are read after the merge instead of before it.  With 0
         the whole prompt is read before, and the first token of the answer still comes from the
         full cache.
+    kv_max_cells : int or str, optional
+        The most cells that the cache ever has, or what they may take in bytes, such as
+        ``"512MiB"``.  When a batch would not fit, what was read so far is merged first, so that a
+        prompt many times as long is read to its end and an answer goes on, up to `n_ctx` tokens.
+    keep_last_images : int
+        Pictures, the last ones, that merges leave as they are.  Their cells come on top of a
+        fraction in `kv_budget`, which then is of the other tokens.
     image_min_tokens, image_max_tokens : int, optional
         Bounds on the tokens of a picture, for models whose pictures vary in size.
     **options
@@ -161,6 +170,8 @@ class Llama(StockLlama):
         kv_merge: str | Policy | None = None,
         kv_budget: float | int = 0.2,
         merge_before: int = 0,
+        kv_max_cells: int | str | None = None,
+        keep_last_images: int = 0,
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
         **options: Any,
@@ -172,6 +183,8 @@ class Llama(StockLlama):
         self._policy = resolve(kv_merge)
         self._budget = Budget(kv_budget)
         self._merge_before = _whole_number("merge_before", merge_before, 0)
+        self._cap = None if kv_max_cells is None else Cap(kv_max_cells)
+        self._whole = _whole_number("keep_last_images", keep_last_images, 0)
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._check_combination(mmproj, options)
 
@@ -184,6 +197,7 @@ class Llama(StockLlama):
         self._known = 0
         self._spans: list[MediaSpan] = []
         self._merges: list[MergeRecord] = []
+        self._n_merges = 0
         self._prefilled = False
         self._cached_tokens = 0
         try:
@@ -193,14 +207,31 @@ class Llama(StockLlama):
             self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
             if handler is not None:
                 handler.load(self)
-            if self._policy is not None and not self._budget.keeps_all:
+            if self._policy is not None and self._is_merging:
                 self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
+                self._limit_cells(self._engine)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def _is_merging(self) -> bool:
+        """Whether there is anything to merge, ever."""
+        return self._policy is not None and not (self._budget.keeps_all and self._cap is None)
+
+    def _limit_cells(self, engine: Engine) -> None:
+        cells = 0
+        if self._cap is not None:
+            cells = self._cap.cells(engine.bytes() / engine.size())
+            # A batch has to fit next to what is kept of the tokens before it.
+            self.n_batch = min(self.n_batch, cells // 4)
+        share = self._budget.kept if isinstance(self._budget.kept, float) else 0.0
+        engine.set_room(cells, share, self._whole)
+
     def _load(self, path: Path, options: dict[str, Any]) -> None:
-        with caught() as errors:
+        # With merging the cache begins with room for one batch, and grows with what is read.
+        first = max(options.get("n_ubatch", _N_UBATCH), 256) if self._is_merging else 0
+        with caught() as errors, small_beginning(first):
             try:
                 super().__init__(os.fspath(path), **options)
             except (ValueError, RuntimeError) as error:
@@ -258,7 +289,10 @@ class Llama(StockLlama):
         self, mmproj: str | os.PathLike[str] | None, options: dict[str, Any]
     ) -> None:
         handler = options.get("chat_handler")
-        merging = self._policy is not None and not self._budget.keeps_all
+        merging = self._is_merging
+        if self._policy is None and (self._cap is not None or self._whole):
+            option = "kv_max_cells" if self._cap is not None else "keep_last_images"
+            raise OptionError(f"{option}= needs kv_merge=, which is None: say how to merge")
         if mmproj is not None and handler is not None:
             raise OptionError("mmproj= brings its own chat handler: pass it or chat_handler=")
         if mmproj is None and self._image_tokens != (None, None):
@@ -325,6 +359,8 @@ class Llama(StockLlama):
             "kv_merge": self._policy,
             "kv_budget": self._budget.kept,
             "merge_before": self._merge_before,
+            "kv_max_cells": None if self._cap is None else self._cap.limit,
+            "keep_last_images": self._whole,
             "image_min_tokens": self._image_tokens[0],
             "image_max_tokens": self._image_tokens[1],
         }
@@ -419,6 +455,7 @@ class Llama(StockLlama):
             raise DecodeError(
                 f"llama.cpp could not read {len(batch)} tokens at position {position}: {error}"
             ) from error
+        self._note_merge()
         if self._logits_all:
             logits = np.ctypeslib.as_array(
                 self._ctx.get_logits(), shape=(len(batch) * self._n_vocab,)
@@ -526,6 +563,7 @@ class Llama(StockLlama):
                 after = media.decode(position)
             positions = np.full(len(segment.ids) + 1, position, np.int32)
             positions[-1] = after
+            self._note_merge()
             span = MediaSpan(n, n + len(segment.ids), media.digest, media.modality)
             self._spans.append(span)
             self._append(segment.ids, positions)
@@ -534,7 +572,9 @@ class Llama(StockLlama):
         """Merge the cache when it holds more cells than the budget says."""
         if self._engine is None or self._policy is None:
             return
-        budget = self._budget.cells(self.n_tokens, self._policy.always_kept)
+        # What stays as it is comes on top of a fraction; a number of cells is what was asked for.
+        whole = 0 if isinstance(self._budget.kept, int) else self._whole_tokens()
+        budget = whole + self._budget.cells(self.n_tokens - whole, self._policy.always_kept)
         before, bytes_before = self._held()
         if before <= budget:
             return
@@ -543,18 +583,33 @@ class Llama(StockLlama):
         except MergeError:
             self._clear()
             raise
-        ms = self._engine.stats().t_total_us / 1000
-        # The record first: what is held follows from the last merge, if there was one.
-        self._merges.append(MergeRecord(self.n_tokens, before, budget, ms))
-        after, bytes_after = self._held()
-        self._merges[-1] = MergeRecord(self.n_tokens, before, after, ms)
+        self._note_merge(before, bytes_before)
+
+    def _whole_tokens(self) -> int:
+        """Return the tokens of the pictures that are not merged."""
+        spans = [span for span in self._spans if span.modality == "image"]
+        return sum(span.end - span.start for span in spans[max(0, len(spans) - self._whole) :])
+
+    def _note_merge(self, before: int | None = None, bytes_before: float | None = None) -> None:
+        """Note the last merge, if the engine has merged since: we asked, or a batch needed room."""
+        if self._engine is None:
+            return
+        last = self._engine.stats()
+        if last.n_merges == self._n_merges:
+            return
+        self._n_merges = last.n_merges
+        if before is None or bytes_before is None:
+            before = last.n_cells_before
+            bytes_before = before * last.bytes_per_cell
+        ms, after = last.t_total_us / 1000, round(last.bytes_after / last.bytes_per_cell)
+        self._merges.append(MergeRecord(last.n_tokens, before, after, ms))
         log.info(
             "merged %d cells into %d (%d tokens seen), %.2f MiB into %.2f MiB, %.1f ms",
             before,
             after,
-            self.n_tokens,
+            last.n_tokens,
             bytes_before / _MIB,
-            bytes_after / _MIB,
+            last.bytes_after / _MIB,
             ms,
         )
 
