@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -230,8 +230,15 @@ class ChatHandler(MTMDChatHandler):
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(self.mtmd_ctx, buffer, len(data), False)
 
+    def head(self, text: str, n_media: int) -> str:
+        """Return the beginning of a text up to the end of its n-th marker."""
+        pieces = text.split(self._marker, n_media)
+        return text[: len(text) - len(pieces[-1])]
+
     @contextmanager
-    def _prompt(self, text: str, parts: list[MediaPart]) -> Iterator[Prompt]:
+    def _prompt(
+        self, text: str, parts: list[MediaPart], is_beginning: bool = True
+    ) -> Iterator[Prompt]:
         """Tokenize a text with markers; the prompt's media live until the end of the block."""
         shown = text.count(self._marker)
         if shown != len(parts):
@@ -253,7 +260,7 @@ class ChatHandler(MTMDChatHandler):
             source = mtmd_cpp.mtmd_input_text()
             source.text = encoded
             source.text_len = len(encoded)
-            source.add_special = True
+            source.add_special = is_beginning
             source.parse_special = True
             array = (mtmd_cpp.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
             with caught() as errors:
@@ -332,11 +339,14 @@ class ChatHandler(MTMDChatHandler):
         """Answer a chat; called by `Llama.create_chat_completion`."""
         if self.mtmd_ctx is None:
             self.load(llama)
-        answer_options = {name: options.pop(name) for name in _ANSWER_OPTIONS if name in options}
-        text = self._render(llama, messages, options)
+        text = self._render(llama, messages, template_options(options))
         with self._prompt(text, find_media(messages)) as prompt:
             tokens = prompt.tokens
             llama.read(prompt)
+        return self.answer(llama, tokens, messages, **options)
+
+    def answer(self, llama: Llama, tokens: list[int], messages: list[Any], **options: Any) -> Any:
+        """Answer a chat whose prompt was read as these tokens."""
 
         def formatter(**_: Any) -> ChatFormatterResponse:
             return ChatFormatterResponse(prompt="", added_special=True)
@@ -345,12 +355,16 @@ class ChatHandler(MTMDChatHandler):
         return answer(
             llama=_ReadAlready(llama, tokens),
             messages=messages,
-            **{name: options[name] for name in _TEMPLATE_OPTIONS if name in options},
-            **answer_options,
+            **{name: options[name] for name in _TOOL_OPTIONS + _ANSWER_OPTIONS if name in options},
         )
 
 
-_TEMPLATE_OPTIONS = ("functions", "function_call", "tools", "tool_choice")
+def template_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a chat's options that its template sees."""
+    return {name: value for name, value in options.items() if name not in _ANSWER_OPTIONS}
+
+
+_TOOL_OPTIONS = ("functions", "function_call", "tools", "tool_choice")
 _ANSWER_OPTIONS = (
     "temperature",
     "top_p",

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,9 @@ from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
 from ._binding import Engine, small_beginning  # noqa: E402
+
+if TYPE_CHECKING:
+    from .context import Context
 
 log = logging.getLogger("kvmerge")
 
@@ -389,11 +392,15 @@ class Llama(StockLlama):
         self._spans = [span for span in self._spans if span.end <= n_tokens]
         return True
 
-    def _clear(self) -> None:
+    def _forget(self) -> None:
+        """Claim nothing of what the cache holds."""
         self.n_tokens = self._known = 0
         self._spans.clear()
         self._merges.clear()
         self._requires_eval = True
+
+    def _clear(self) -> None:
+        self._forget()
         self._ctx.kv_cache_clear()
 
     def _append(self, ids: Sequence[int], positions: npt.NDArray[np.integer[Any]]) -> None:
@@ -464,13 +471,17 @@ class Llama(StockLlama):
         self._append(batch, position + np.arange(len(batch) + 1))
         self._requires_eval = False
 
-    def read(self, prompt: Prompt) -> None:
+    def read(self, prompt: Prompt, *, merge: bool = True, answer: bool = True) -> None:
         """Read a prompt, except for the beginning that is in the cache already, and merge.
 
         Parameters
         ----------
         prompt : Prompt
             The whole conversation so far.
+        merge : bool
+            Whether to merge when the cache holds more than its budget.
+        answer : bool
+            Whether tokens are to be sampled next, which needs the logits of the last token.
 
         Raises
         ------
@@ -489,9 +500,10 @@ class Llama(StockLlama):
         seen = self.n_tokens
         if keep == seen == len(tokens) and not self._requires_eval:
             self._cached_tokens = keep
-            self._merge()
+            if merge:
+                self._merge()
             return
-        if keep == len(tokens):
+        if keep == len(tokens) and answer:
             # The logits of the last token are needed again.
             keep -= 1
         if any(token < 0 for token in tokens[keep:]) and len(prompt.segments) == 1:
@@ -519,9 +531,10 @@ class Llama(StockLlama):
         self._requires_eval = True
         self._read_range(prompt, keep, split)
         if split < len(tokens):
-            self._merge()
+            if merge:
+                self._merge()
             self._read_range(prompt, split, len(tokens))
-        else:
+        elif merge:
             self._merge()
 
     def _check_length(self, prompt: Prompt, n_tokens: int) -> None:
@@ -686,15 +699,19 @@ class Llama(StockLlama):
         A later call whose messages begin with those of the one before reads only what is new.
         """
         self._check_open()
-        if self.chat_handler is None:
-            from .media import find_media
-
-            if found := find_media(messages):
-                raise MediaError(
-                    f"the messages show {len(found)} pictures or sounds, and this model was "
-                    "loaded without a vision part: pass mmproj= to Llama"
-                )
+        self._check_media(messages)
         return super().create_chat_completion(messages, *args, **options)
+
+    def _check_media(self, messages: Any) -> None:
+        if self.chat_handler is not None:
+            return
+        from .media import find_media
+
+        if found := find_media(messages):
+            raise MediaError(
+                f"the messages show {len(found)} pictures or sounds, and this model was loaded "
+                "without a vision part: pass mmproj= to Llama"
+            )
 
     def detokenize(
         self,
@@ -731,20 +748,31 @@ class Llama(StockLlama):
         StateError
             If the state does not fit: it is of another model, or it was saved with merging where
             this model has none, or the other way round, or with another policy.
+            What the cache held is still there then.
         """
         self._check_open()
         merging = isinstance(state, _State) and state.merging
         if merging != (self._engine is not None):
             with_, here = ("with", "without") if merging else ("without", "with")
             raise StateError(f"the state was saved {with_} kv_merge=, this model is {here} it")
+        n_ctx = len(self.input_ids)
+        if state.n_tokens > n_ctx:
+            raise StateError(f"the state holds {state.n_tokens} tokens, n_ctx here is {n_ctx}")
+        before, needs_eval = super().save_state(), self._requires_eval
         try:
-            super().load_state(state)
-        except RuntimeError as error:
-            self._clear()
+            with caught() as errors:
+                super().load_state(state)
+        except (RuntimeError, ValueError) as error:
+            super().load_state(before)
+            self._requires_eval = needs_eval
             raise StateError(
-                "the state does not fit this model, its cache type or its kv_merge= policy; "
-                "the cache is empty now"
+                "the state does not fit this model, its cache type or its kv_merge= policy: "
+                f"{errors.reason or error}. The cache is as it was"
             ) from error
+        ids = np.zeros(n_ctx, np.intc)
+        ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.input_ids = ids
+        self._n_merges = 0 if self._engine is None else self._engine.stats().n_merges
         if isinstance(state, _State):
             self._known = len(state.positions) - 1
             self._positions[: self._known + 1] = state.positions
@@ -752,6 +780,69 @@ class Llama(StockLlama):
             self._merges = list(state.merges)
         else:
             self._known, self._spans, self._merges = 0, [], []
+
+    def save_context(self, path: str | os.PathLike[str]) -> None:
+        """Write what the cache holds to a file, from which `load_context` goes on.
+
+        The file is written beside its place and moved there when it is complete: a file of that
+        name is replaced as a whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            The file; its folder has to exist.
+
+        Raises
+        ------
+        StateError
+            If the cache is empty or the file cannot be written.
+        """
+        from . import saving
+
+        self._check_open()
+        saving.save(self, path)
+
+    def load_context(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save_context` has written, also in another process.
+
+        A chat whose messages begin with those that were saved then reads only what is new.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+
+        Raises
+        ------
+        StateError
+            If the file is missing, damaged, of another format version, or of another model, cache
+            type or policy; the message says which.  What the cache held is still there then.
+        """
+        from . import saving
+
+        self._check_open()
+        saving.load(self, path)
+
+    def context(self, messages: Any, **options: Any) -> Context:
+        """Return a context that reads messages once and answers many questions about them.
+
+        Parameters
+        ----------
+        messages : list
+            What all questions are about, in OpenAI's format, without a question.
+        **options
+            Options of `create_chat_completion` for all questions.
+
+        Examples
+        --------
+        >>> with llm.context(messages) as ctx:
+        ...     first = ctx.ask("How many people are there?")
+        ...     second = ctx.ask("What is on the sign?")
+        """
+        from .context import Context
+
+        self._check_open()
+        return Context(self, messages, options)
 
     # What the cache holds.
 

@@ -1,0 +1,365 @@
+"""Read once, ask many times: independent questions about the same messages."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jinja2
+from llama_cpp import llama_chat_format
+from llama_cpp.llama import Llama as StockLlama
+
+from .chat import ChatHandler, template_options
+from .errors import OptionError, StateError, UnknownOptionError, UnsupportedError, did_you_mean
+from .media import find_media
+from .prompt import Prompt, Segment
+from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+log = logging.getLogger("kvmerge")
+
+Messages = list[Any]
+
+_ANY_TURN = (("user", "A"), ("user", "?"), ("assistant", "A"))
+"""Turns to try: what chats have in common that go on with one of them comes before any turn."""
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(StockLlama.create_chat_completion).parameters.items()
+    if name not in ("self", "messages")
+}
+"""Options of a chat."""
+
+
+class Context:
+    """Messages that are read and merged once, and answer any number of questions.
+
+    `Llama.context` makes it; it reads when it is entered::
+
+        with llm.context(messages) as ctx:
+            ctx.ask("How many people are there?")
+
+    Each question is answered from the same state: it does not see the questions and answers before
+    it.  Nothing is merged for a question, and what it adds to the cache is removed before the next
+    one.  When the `Llama` was used otherwise in between, by another context for example, the state
+    is put back from a copy in memory, which is as large as the merged cache.
+
+    Parameters
+    ----------
+    llama : Llama
+        The model.
+    messages : sequence
+        What all questions are about.
+    options : dict
+        Options of `Llama.create_chat_completion` for all questions.
+    """
+
+    def __init__(self, llama: Llama, messages: Sequence[Any], options: dict[str, Any]) -> None:
+        self._llama = llama
+        self._messages = list(messages)
+        if not self._messages:
+            raise OptionError("messages is empty: a context needs something to read")
+        self._options = _DEFAULTS | _checked(options)
+        self._chat: _Chat = _chat_of(llama)
+        self._base: Snapshot | None = None
+        self._joins = False
+        self._asked = 0
+
+    def __enter__(self) -> Context:
+        self._llama._check_open()
+        self._llama._check_media(self._messages)
+        with self._chat.start(self._messages, self._next_turns(), self._options) as prompt:
+            self._llama.read(prompt, answer=False)
+        self._base = Snapshot.take(self._llama)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._base = None
+
+    # Messages.
+
+    def _next_turns(self) -> list[Messages]:
+        """Return chats that go on from the messages, of those that the chat template takes."""
+        self._joins = False
+        taken: list[Messages] = []
+        refusal: Exception | None = None
+        for role, text in _ANY_TURN:
+            turn = [{"role": role, "content": text}]
+            try:
+                taken.append(self._taken(self._followed_by(turn)))
+            except (ValueError, jinja2.TemplateError) as error:
+                refusal = error
+                if not taken and not self._joins and role == self._messages[-1].get("role"):
+                    # It wants roles to alternate: what is asked is a part of the last message.
+                    self._joins = True
+                    taken.append(self._taken(self._followed_by(turn)))
+        if not taken:
+            raise OptionError(f"the chat template takes no question here: {refusal}") from refusal
+        return taken
+
+    def _taken(self, messages: Messages) -> Messages:
+        self._chat.check(messages, self._options)
+        return messages
+
+    def _followed_by(self, turns: Messages) -> Messages:
+        last, first = self._messages[-1], turns[0]
+        if not self._joins or last.get("role") != first.get("role"):
+            return [*self._messages, *turns]
+        content = [*_parts(last), *_parts(first, "\n")]
+        return [*self._messages[:-1], {**last, "content": content}, *turns[1:]]
+
+    # Asking.
+
+    def ask(self, question: str | Sequence[Any], **options: Any) -> Any:
+        """Answer a question about the messages.
+
+        Parameters
+        ----------
+        question : str or messages
+            What the user asks, or messages that go on from those that were read; they may show
+            more pictures.
+        **options
+            Options of `Llama.create_chat_completion`, such as ``stream=True``.
+
+        Returns
+        -------
+        dict or iterator
+            What `Llama.create_chat_completion` returns.
+
+        Raises
+        ------
+        StateError
+            Outside the ``with`` block; or, from a stream, when the next question was asked before
+            it ended.
+        """
+        base, llama = self._base, self._llama
+        llama._check_open()
+        if base is None:
+            raise StateError("this context is not open: ask inside its `with` block")
+        if not question:
+            raise OptionError("the question is empty: pass a text or messages")
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        messages = self._followed_by(list(question))
+        llama._check_media(messages)
+        chosen = self._options | _checked(options)
+        self._asked += 1
+        self._return_to(base)
+        answer = self._answer(base, messages, chosen)
+        return self._until_next(answer) if chosen["stream"] else answer
+
+    def _return_to(self, base: Snapshot) -> None:
+        llama = self._llama
+        if not (base.is_beginning_of(llama) and llama._trim(len(base.tokens))):
+            log.info(
+                "the cache no longer holds the %d tokens of the context: putting them back from "
+                "memory",
+                len(base.tokens),
+            )
+            base.put_back(llama)
+
+    def _answer(self, base: Snapshot, messages: Messages, options: dict[str, Any]) -> Any:
+        llama = self._llama
+        with self._chat.prompt(messages, options) as prompt:
+            n = len(base.tokens)
+            if prompt is not None and prompt.tokens[:n] == base.tokens.tolist():
+                tokens = prompt.tokens
+                llama.read(prompt, merge=False)
+                return self._chat.answer(tokens, messages, options)
+        log.info(
+            "the chat template writes the %d tokens of the context in another way before this "
+            "question: reading all again",
+            n,
+        )
+        return llama.create_chat_completion(messages, **options)
+
+    def _until_next(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """Pass a stream on until the next question, which takes the cache from it."""
+        asked = self._asked
+        with closing(chunks):  # type: ignore[type-var]
+            while True:
+                if asked != self._asked:
+                    raise StateError(
+                        "the next question was asked before this stream ended: read a stream to "
+                        "its end first"
+                    )
+                try:
+                    chunk = next(chunks)
+                except StopIteration:
+                    return
+                yield chunk
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name not in _DEFAULTS:
+            raise UnknownOptionError(
+                f"create_chat_completion has no option {name!r}.{did_you_mean(name, _DEFAULTS)}"
+            )
+    return options
+
+
+def _parts(message: Any, before: str = "") -> list[Any]:
+    """Return the content of a message as parts, with text before it."""
+    content = message.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    return [{"type": "text", "text": before}, *parts] if before else parts
+
+
+# How chats become tokens: by the handler of this package, or by a chat format of llama-cpp-python.
+
+
+class _Chat(Protocol):
+    def check(self, messages: Messages, options: dict[str, Any]) -> None:
+        """Raise a ValueError if the chat template does not take the messages."""
+
+    def start(self, messages: Messages, chats: list[Messages], options: dict[str, Any]) -> Any:
+        """Return a block with the prompt that is common to all chats, which begin with messages."""
+
+    def prompt(self, messages: Messages, options: dict[str, Any]) -> Any:
+        """Return a block with the prompt of a chat; None if its beginning differs."""
+
+    def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
+        """Answer a chat whose prompt was read."""
+
+
+def _chat_of(llama: Llama) -> _Chat:
+    handler = llama.chat_handler
+    if handler is None:
+        return _TextChat(llama)
+    if isinstance(handler, ChatHandler):
+        return _MediaChat(llama, handler)
+    raise UnsupportedError(
+        f"{type(handler).__name__} reads a chat from its beginning in every call: for context() "
+        "pass the vision part as mmproj= instead of chat_handler="
+    )
+
+
+class _MediaChat:
+    """Chats with pictures: what comes up to the last picture of the context is prepared once."""
+
+    def __init__(self, llama: Llama, handler: ChatHandler) -> None:
+        self._llama = llama
+        self._handler = handler
+        self._head = ""
+        self._head_tokens: list[int] = []
+        self._n_media = 0
+
+    def _text(self, messages: Messages, options: dict[str, Any]) -> str:
+        return self._handler._render(self._llama, messages, template_options(options))
+
+    def check(self, messages: Messages, options: dict[str, Any]) -> None:
+        self._text(messages, options)
+
+    @contextmanager
+    def start(
+        self, messages: Messages, chats: list[Messages], options: dict[str, Any]
+    ) -> Iterator[Prompt]:
+        media = find_media(messages)
+        self._n_media = len(media)
+        self._head = self._handler.head(self._text(chats[0], options), len(media))
+        if not media:
+            self._head_tokens = []
+            yield self._common(chats, options)
+            return
+        with self._handler._prompt(self._head, media) as head:
+            self._head_tokens = head.tokens
+            common = self._common(chats, options)
+            yield Prompt([*head.segments, *common.segments[1:]])
+
+    def _common(self, chats: list[Messages], options: dict[str, Any]) -> Prompt:
+        """Return what chats have in common: the head, and the text after it."""
+        rests = []
+        for chat in chats:
+            with self.prompt(chat, options) as prompt:
+                if prompt is not None:
+                    rests.append(prompt.tokens[len(self._head_tokens) :])
+        return Prompt([Segment(self._head_tokens), Segment(os.path.commonprefix(rests))])
+
+    @contextmanager
+    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt | None]:
+        text, media = self._text(messages, options), find_media(messages)[self._n_media :]
+        if not text.startswith(self._head):
+            yield None
+            return
+        rest = text[len(self._head) :]
+        with self._handler._prompt(rest, media, is_beginning=not self._head) as prompt:
+            yield Prompt([Segment(self._head_tokens), *prompt.segments])
+
+    def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
+        return self._handler.answer(self._llama, tokens, messages, **options)
+
+
+class _TextChat:
+    """Chats of text only: a chat format of llama-cpp-python, asked what it would read."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+        self._format: Any = llama._chat_handlers.get(
+            llama.chat_format
+        ) or llama_chat_format.get_chat_completion_handler(llama.chat_format)
+
+    def _tokens(self, messages: Messages, options: dict[str, Any]) -> list[int]:
+        try:
+            self._format(
+                llama=_Asked(self._llama), messages=messages, **{**options, "stream": False}
+            )
+        except _PromptMade as made:
+            return made.tokens
+        raise UnsupportedError(
+            f"chat_format={self._llama.chat_format!r} completes no prompt: context() needs one "
+            "that does"
+        )
+
+    def check(self, messages: Messages, options: dict[str, Any]) -> None:
+        self._tokens(messages, options)
+
+    @contextmanager
+    def start(
+        self, messages: Messages, chats: list[Messages], options: dict[str, Any]
+    ) -> Iterator[Prompt]:
+        tokens = [self._tokens(chat, options) for chat in chats]
+        yield Prompt.from_tokens(os.path.commonprefix(tokens))
+
+    @contextmanager
+    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt | None]:
+        yield Prompt.from_tokens(self._tokens(messages, options))
+
+    def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
+        self._llama._prefilled = True
+        return self._llama.create_chat_completion(messages, **options)
+
+
+class _Asked:
+    """Stands in for a `Llama` to learn which prompt a chat format makes; nothing is read."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def create_completion(self, prompt: str | list[int], **_: Any) -> Any:
+        if isinstance(prompt, str):
+            prompt = self._llama.tokenize(prompt.encode("utf-8"), special=True)
+        raise _PromptMade(list(prompt))
+
+
+class _PromptMade(Exception):
+    """The prompt that a chat format would have completed."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__("a chat format made its prompt")
+        self.tokens = tokens
