@@ -1,0 +1,253 @@
+r"""Write what a cache holds to a file, and read it again.
+
+A file is::
+
+    8 bytes   b"kvmerge\0"
+    4 bytes   format version                    little-endian, as all numbers here
+    4 bytes   bytes of the header
+    8 bytes   bytes of the cells
+    header    JSON: what was saved, and from what (`_header`)
+    cells     llama.cpp's state of the sequence, with the engine's part
+    32 bytes  SHA-256 of everything before
+
+Everything is checked before the cache is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import __version__
+from ._library import LLAMA_CPP_PYTHON
+from .errors import StateError
+from .gguf_file import fingerprint
+from .prompt import MediaSpan
+from .snapshot import Snapshot
+from .stats import MergeRecord
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+MAGIC = b"kvmerge\0"
+FORMAT_VERSION = 1
+
+_START = struct.Struct("<8sIIQ")
+_DIGEST_SIZE = hashlib.sha256().digest_size
+_FROM_CONTEXT = (
+    "flash_attn_type",
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+)
+"""Fields of ``llama_context_params`` that decide what keys and values are, or how they lie."""
+
+
+# What a file says.
+
+
+def _origin(llm: Llama) -> dict[str, Any]:
+    """Return what has to be the same where a file is loaded, in the words of error messages."""
+    from .llama import CACHE_TYPES
+
+    names = {number: name for name, number in CACHE_TYPES.items()}
+    params, projector = llm.context_params, getattr(llm.chat_handler, "clip_model_path", None)
+    return {
+        "llama.cpp": LLAMA_CPP_PYTHON,
+        "byte order": sys.byteorder,
+        "model": fingerprint(Path(llm.model_path)),
+        "mmproj": None if projector is None else fingerprint(Path(projector)),
+        "LoRA": None if not llm.lora_path else fingerprint(Path(llm.lora_path)),
+        "LoRA scale": llm.lora_scale,
+        "type_k": names.get(params.type_k, params.type_k),
+        "type_v": names.get(params.type_v, params.type_v),
+        **{name: getattr(params, name) for name in _FROM_CONTEXT},
+        "kv_merge": None if llm.engine is None or llm.policy is None else str(llm.policy),
+        "policy": None if llm.engine is None or llm.policy is None else llm.policy.engine_params(),
+    }
+
+
+def _header(llm: Llama, snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "kvmerge": __version__,
+        "origin": _origin(llm),
+        "n_ctx": llm.n_ctx(),
+        "budget": None if llm.engine is None else llm._budget.kept,
+        "tokens": snapshot.tokens.tolist(),
+        "positions": snapshot.positions.tolist(),
+        "media": [asdict(span) for span in snapshot.spans],
+        "merges": [asdict(merge) for merge in snapshot.merges],
+    }
+
+
+# Writing.
+
+
+def save(llm: Llama, path: str | os.PathLike[str]) -> None:
+    """Write what the cache of a model holds; see `Llama.save_context`."""
+    if llm.n_tokens == 0:
+        raise StateError("there is nothing to save: the cache is empty")
+    snapshot = Snapshot.take(llm)
+    header = json.dumps(_header(llm, snapshot), separators=(",", ":")).encode()
+    start = _START.pack(MAGIC, FORMAT_VERSION, len(header), len(snapshot.cells))
+    file = Path(os.fsdecode(path)).expanduser()
+    try:
+        _write(file, [start, header, snapshot.cells])
+    except OSError as error:
+        raise StateError(f"the context cannot be saved to {file}: {error.strerror}") from error
+
+
+def _write(file: Path, pieces: Iterable[bytes | bytearray]) -> None:
+    """Write pieces and their SHA-256 to a file that appears complete or not at all."""
+    if file.is_dir():
+        raise IsADirectoryError(0, "it is a folder")
+    number, name = tempfile.mkstemp(dir=file.parent, prefix=".kvmerge-", suffix=".part")
+    try:
+        with os.fdopen(number, "wb") as stream:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+                stream.write(piece)
+            stream.write(digest.digest())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, file)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    if os.name == "posix":
+        # The new name is on disk only when its folder is.
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# Reading.
+
+
+def load(llm: Llama, path: str | os.PathLike[str]) -> None:
+    """Put a saved context into the cache of a model; see `Llama.load_context`."""
+    file = Path(os.fsdecode(path)).expanduser()
+    header, cells = _read(file)
+    try:
+        snapshot = _snapshot(header, cells)
+        origin = dict(header["origin"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise StateError(f"{file} has a header that makes no sense: {error!r}") from error
+    _check_origin(file, origin, _origin(llm), has_media=bool(snapshot.spans))
+    if len(snapshot.tokens) >= llm.n_ctx():
+        raise StateError(
+            f"{file} holds {len(snapshot.tokens)} tokens, and n_ctx={llm.n_ctx()} takes "
+            f"{llm.n_ctx() - 1} with room for an answer: make n_ctx larger"
+        )
+    before, needs_eval = Snapshot.take(llm) if llm.n_tokens else None, llm._requires_eval
+    try:
+        snapshot.put_back(llm)
+    except BaseException as error:
+        if before is not None:
+            before.put_back(llm)
+            llm._requires_eval = needs_eval
+        if isinstance(error, StateError):
+            raise StateError(f"{file} is refused by llama.cpp: {error}") from error
+        raise
+
+
+def _read(file: Path) -> tuple[dict[str, Any], bytearray]:
+    """Return header and cells of a file that is whole."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(_START.size)
+            header_size, cells_size = _sizes(file, start, os.fstat(stream.fileno()).st_size)
+            header = stream.read(header_size)
+            cells = bytearray(cells_size)
+            stream.readinto(cells)
+            expected = stream.read(_DIGEST_SIZE)
+    except OSError as error:
+        raise StateError(f"{file} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(start)
+    digest.update(header)
+    digest.update(cells)
+    if digest.digest() != expected:
+        raise StateError(f"{file} is damaged: its SHA-256 is not the one that it was saved with")
+    try:
+        fields = json.loads(header)
+    except ValueError as error:
+        raise StateError(f"{file} has a header that is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise StateError(f"{file} has a header that is not a JSON object")
+    return fields, cells
+
+
+def _sizes(file: Path, start: bytes, size: int) -> tuple[int, int]:
+    """Return the sizes of header and cells that fit the size of the file."""
+    if start[: len(MAGIC)] != MAGIC:
+        raise StateError(
+            f"{file} is not a saved context: it begins with {start[: len(MAGIC)]!r}, not {MAGIC!r}"
+        )
+    if len(start) < _START.size:
+        raise StateError(f"{file} is cut off after {len(start)} bytes")
+    _, version, header_size, cells_size = _START.unpack(start)
+    if version != FORMAT_VERSION:
+        age = "a newer" if version > FORMAT_VERSION else "an older"
+        raise StateError(
+            f"{file} has format version {version}, of {age} kvmerge: version {FORMAT_VERSION} is "
+            "read"
+        )
+    whole = _START.size + header_size + cells_size + _DIGEST_SIZE
+    if size != whole:
+        raise StateError(
+            f"{file} has {size} bytes where {whole} belong: it was cut off or added to"
+        )
+    return header_size, cells_size
+
+
+def _snapshot(header: dict[str, Any], cells: bytearray) -> Snapshot:
+    tokens = np.array(header["tokens"], np.int32)
+    positions = np.array(header["positions"], np.int32)
+    spans = tuple(MediaSpan(**span) for span in header["media"])
+    merges = tuple(MergeRecord(**merge) for merge in header["merges"])
+    if tokens.ndim != 1 or positions.shape != (len(tokens) + 1,) or not len(tokens):
+        raise ValueError("tokens and positions do not go together")
+    if positions[0] != 0 or (np.diff(positions) < 0).any():
+        raise ValueError("positions go back")
+    at = 0
+    for span in spans:
+        if not at <= span.start < span.end <= len(tokens):
+            raise ValueError("pictures lie outside the tokens")
+        at = span.end
+    return Snapshot(tokens, positions, spans, merges, cells)
+
+
+def _check_origin(
+    file: Path, saved: dict[str, Any], here: dict[str, Any], *, has_media: bool
+) -> None:
+    """Check that a file comes from what it is loaded into."""
+    if not has_media:
+        # What pictures would have been encoded with does not matter then.
+        saved, here = {**saved, "mmproj": None}, {**here, "mmproj": None}
+    for name, value in here.items():
+        found = saved.get(name)
+        if found == value:
+            continue
+        if name in ("model", "mmproj", "LoRA"):
+            raise StateError(f"{file} was saved with another {name} file than the one loaded here")
+        raise StateError(f"{file} was saved with {name}={found!r}, here it is {value!r}")
