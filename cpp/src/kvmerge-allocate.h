@@ -4,7 +4,7 @@
 
 #include "kvmerge-plan.h"
 
-// Cells per layer, [layer], each in [n_min, n], with a mean of n_cells as nearly as whole numbers allow.
+// Cells per layer, [layer], each in [n_min, min(n, n_most)], with a mean of n_cells as nearly as whole numbers allow.
 //   plans  [layer][head] with scores; n_min covers sinks and window
 std::vector<int32_t> kvmerge_allocate(
         const std::vector<std::vector<kvmerge_plan>> & plans,
