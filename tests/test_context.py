@@ -192,6 +192,21 @@ def test_merges_in_between_are_noticed(
         assert len(put_back) == 1
 
 
+def test_merges_under_a_cap(llama: Factory, prompt: pocket.Prompt, encoded: list[str]) -> None:
+    options: dict[str, Any] = {"kv_merge": "flowmm", "kv_budget": 0.5, "n_ctx": 4096}
+    llm = llama(kv_max_cells=512, **options)
+    question = prompt.questions[0].text
+    with llm.context(prompt.context(), **GREEDY) as ctx:
+        merges = llm.kv_stats().merges
+        first = text_of(ctx.ask(question))
+        assert llm.kv_stats().merges == merges
+        ctx.ask("red " * 500)
+        assert len(llm.kv_stats().merges) > len(merges), "the question did not fit"
+        assert text_of(ctx.ask(question)) == first
+        assert llm.kv_stats().merges == merges
+    assert len(encoded) == 4
+
+
 def test_nested_contexts(llama: Factory, prompt: pocket.Prompt, encoded: list[str]) -> None:
     llm = llama(kv_merge="flowmm", kv_budget=0.3)
     other = pocket.make_prompt(np.random.default_rng(5), 2)

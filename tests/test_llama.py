@@ -138,7 +138,15 @@ def test_diverging_prompt_is_read_again(llama: Factory, caplog: pytest.LogCaptur
     llm.create_completion(tokens, max_tokens=1)
     other = tokens[:30] + tokens[40:]
     found = logits_after(llm, other, 4)
-    assert any("reading all" in message for message in caplog.messages)
+    lines = [message for message in caplog.messages if message.startswith("reading all")]
+    n = len(tokens)
+    assert lines == [
+        f"reading all {len(other)} tokens of the prompt again: it differs from the cache after 30 "
+        f"of {n} tokens, and what comes before was merged"
+    ]
+    caplog.clear()
+    llm.create_completion(other[:20], max_tokens=1)
+    assert "reading all 20 tokens of the prompt again: it ends after 20 of the" in caplog.text
     fresh = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
     np.testing.assert_array_equal(found, logits_after(fresh, other, 4))
 

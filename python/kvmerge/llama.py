@@ -503,6 +503,7 @@ class Llama(StockLlama):
             if merge:
                 self._merge()
             return
+        shared = keep
         if keep == len(tokens) and answer:
             # The logits of the last token are needed again.
             keep -= 1
@@ -513,11 +514,9 @@ class Llama(StockLlama):
             )
         if not self._trim(keep):
             log.info(
-                "the prompt differs from the cache after %d of %d tokens, which were merged since: "
-                "reading all %d again",
-                keep,
-                seen,
+                "reading all %d tokens of the prompt again: %s, and what comes before was merged",
                 len(tokens),
+                self._difference(prompt, len(tokens), shared),
             )
             self._clear()
             keep = 0
@@ -557,6 +556,19 @@ class Llama(StockLlama):
             if span.start < keep and (span.end > keep or spans.get(span.start) != span):
                 keep = span.start
         return keep
+
+    def _difference(self, prompt: Prompt, n_tokens: int, shared: int) -> str:
+        """Return in words where a prompt leaves what is in the cache."""
+        if shared == n_tokens:
+            return f"it ends after {shared} of the {self.n_tokens} tokens in the cache"
+        names = {"image": "picture", "audio": "sound"}
+        counts = dict.fromkeys(names, 0)
+        for span in prompt.spans():
+            counts[span.modality] += 1
+            if span.start == shared:
+                place = f"{names[span.modality]} {counts[span.modality]}"
+                return f"{place} is not what is in the cache there"
+        return f"it differs from the cache after {shared} of {self.n_tokens} tokens"
 
     def _read_range(self, prompt: Prompt, start: int, end: int) -> None:
         """Read the tokens from `start` up to `end`; media are read as a whole."""
