@@ -10,16 +10,31 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-_ERROR, _CONTINUED = 4, 5  # enum ggml_log_level
+INFO, ERROR, _CONTINUED = 2, 4, 5
+"""Levels of ``enum ggml_log_level``."""
+
 _PREFIX = re.compile(r"^(?:[A-Za-z_]\w*(?:::\w+)?:\s+)+")
 
 
 class NativeLog(list[str]):
-    """Errors in the order in which they came."""
+    """Messages in the order in which they came.
+
+    Parameters
+    ----------
+    lowest : int
+        Level from which on they are collected.
+    quiet : bool
+        Whether the usual log does not get them.
+    """
+
+    def __init__(self, lowest: int, quiet: bool) -> None:
+        super().__init__()
+        self.lowest = lowest
+        self.quiet = quiet
 
     @property
     def reason(self) -> str:
-        """Return the errors as one line, or an empty string."""
+        """Return the messages as one line, or an empty string."""
         lines = [_PREFIX.sub("", line.strip()) for line in self]
         return "; ".join(dict.fromkeys(line for line in lines if line))
 
@@ -44,10 +59,11 @@ def _install() -> Any:
         nonlocal level_of_last
         if level != _CONTINUED:
             level_of_last = level
-        if level_of_last == _ERROR and text:
-            for log in _open:
+        for log in _open:
+            if log.lowest <= level_of_last and text:
                 log.append(text.decode("utf-8", "replace"))
-        usual(level, text, user_data)
+        if not any(log.quiet for log in _open):
+            usual(level, text, user_data)
 
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
@@ -55,10 +71,18 @@ def _install() -> Any:
 
 
 @contextmanager
-def caught() -> Iterator[NativeLog]:
-    """Collect the errors that llama.cpp and libmtmd log inside; they go to the usual log too."""
+def caught(lowest: int = ERROR, *, quiet: bool = False) -> Iterator[NativeLog]:
+    """Collect what llama.cpp and libmtmd log inside.
+
+    Parameters
+    ----------
+    lowest : int
+        Level from which on messages are collected; errors only, unless told.
+    quiet : bool
+        Whether the usual log gets nothing of what is logged inside.
+    """
     _install()
-    log = NativeLog()
+    log = NativeLog(lowest, quiet)
     _open.append(log)
     try:
         yield log
