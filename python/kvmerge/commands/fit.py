@@ -1,0 +1,345 @@
+"""``kvmerge fit``: what will be resident, and how many pictures fit, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..budget import Budget
+    from ..dry_load import ContextOptions, DryModel
+    from ..memory import Fit, Footprint, Reading, Vision
+
+_SIZE = re.compile(r"(\d+)[xX×](\d+)")
+_LARGEST_SIDE = 65536
+_ROWS = {
+    "weights": "weights",
+    "mmproj": "mmproj",
+    "kv": "KV cache",
+    "queries": "observed queries",
+    "compute": "compute buffers",
+    "encoder": "vision encoder, at its peak",
+    "total": "total",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model (GGUF)")
+    parser.add_argument("--mmproj", type=Path, help="vision part of the model (GGUF)")
+    parser.add_argument(
+        "--images", type=int, help="pictures; default: 1 with --mmproj, else text only"
+    )
+    parser.add_argument("--size", default="1024x768", help="their size in pixels, WIDTHxHEIGHT")
+    parser.add_argument(
+        "--image-tokens", type=int, help="tokens of a picture; default: as libmtmd counts them"
+    )
+    parser.add_argument("--image-min-tokens", type=int, help="as in kvmerge.Llama")
+    parser.add_argument("--image-max-tokens", type=int, help="as in kvmerge.Llama")
+    parser.add_argument(
+        "--text-tokens", type=int, default=256, help="tokens of text beside them (256)"
+    )
+    parser.add_argument("--ctx", type=int, default=32768, help="n_ctx (32768)")
+    parser.add_argument("--n-batch", type=int, default=512, help="as in kvmerge.Llama (512)")
+    parser.add_argument("--n-ubatch", type=int, default=512, help="as in kvmerge.Llama (512)")
+    parser.add_argument("--n-gpu-layers", type=int, default=0, help="as in kvmerge.Llama (0)")
+    parser.add_argument("--type-k", default="f16", help="type of the cache's keys (f16)")
+    parser.add_argument("--type-v", default="f16", help="type of the cache's values (f16)")
+    parser.add_argument("--flash-attn", action="store_true", help="with fused attention")
+    parser.add_argument("--kv-merge", default="flowmm", help="how the cache is merged (flowmm)")
+    parser.add_argument(
+        "--kv-budget", default="0.2", help="what is kept: a fraction such as 0.2, or cells"
+    )
+    parser.add_argument(
+        "--kv-max-cells", help="the most the cache may have: cells, or an amount such as 512MiB"
+    )
+    parser.add_argument("--memory", help="say how many pictures fit into it, such as 8GiB")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Tokens of one picture, and what is known about the encoder."""
+
+    tokens: int
+    encoder: int | None
+    note: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, or JSON."""
+    from ..byte_size import parse_bytes
+    from ..dry_load import DryModel
+    from ..memory import Estimate, Reading, Vision
+    from ..policies import resolve
+
+    _check(arguments)
+    width, height = _size(arguments.size)
+    budget = _budget(arguments.kv_budget)
+    policy = resolve(arguments.kv_merge)
+    assert policy is not None  # a name always means one
+    options = _options(arguments)
+    memory = None if arguments.memory is None else parse_bytes("--memory", arguments.memory)
+
+    with DryModel(arguments.model, arguments.n_gpu_layers) as model:
+        picture, vision = _Picture(0, 0), Vision()
+        if arguments.mmproj is not None:
+            picture, vision = _vision(arguments, model, width, height)
+        elif arguments.image_tokens is not None:
+            picture = _Picture(arguments.image_tokens, 0)
+        images = _images(arguments)
+        reading = Reading(images, picture.tokens, arguments.text_tokens)
+        max_cells = _max_cells(arguments, model, options)
+        estimate = Estimate(model, options, vision, policy, budget, max_cells)
+        fit = estimate.fit(reading)
+        within = None
+        longest, trained = estimate.longest_context, model.trained_context
+        if memory is not None and picture.tokens:
+            within = estimate.images_within(memory, reading)
+
+    if arguments.json:
+        print(json.dumps(_plain(arguments, reading, fit, vision, within), indent=2))
+    else:
+        _print(arguments, reading, fit, vision, budget)
+        for line in _notes(arguments, reading, fit, picture.note, trained):
+            print(f"\n{line}")
+        if within is not None:
+            _print_within(arguments.memory, longest, within)
+    return 0
+
+
+# Options.
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from ..errors import OptionError
+
+    for name, low in (
+        ("images", 1),
+        ("image_tokens", 1),
+        ("image_min_tokens", 1),
+        ("image_max_tokens", 1),
+        ("text_tokens", 0),
+        ("ctx", 1),
+        ("n_batch", 1),
+        ("n_ubatch", 1),
+        ("n_gpu_layers", -1),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    low, high = arguments.image_min_tokens, arguments.image_max_tokens
+    if low is not None and high is not None and low > high:
+        raise OptionError(f"--image-min-tokens {low} is more than --image-max-tokens {high}")
+    if arguments.mmproj is None:
+        if low is not None or high is not None:
+            raise OptionError("--image-min-tokens and --image-max-tokens need --mmproj")
+        if arguments.images is not None and arguments.image_tokens is None:
+            raise OptionError("--images needs --mmproj, or --image-tokens for each")
+
+
+def _size(text: str) -> tuple[int, int]:
+    from ..errors import OptionError
+
+    match = _SIZE.fullmatch(text.strip())
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(1 <= side <= _LARGEST_SIDE for side in sides):
+        raise OptionError(
+            f"--size {text!r} is not a size: write WIDTHxHEIGHT in pixels, each 1 to "
+            f"{_LARGEST_SIDE}, such as 1024x768"
+        )
+    return sides
+
+
+def _budget(text: str) -> Budget:
+    from ..budget import Budget
+
+    for kind in (int, float):
+        try:
+            kept = kind(text)
+        except ValueError:
+            continue
+        return Budget(kept)
+    return Budget(text)  # type: ignore[arg-type]  # raises, and says what is accepted
+
+
+def _options(arguments: argparse.Namespace) -> ContextOptions:
+    from ..dry_load import ContextOptions
+    from ..errors import OptionError, did_you_mean
+    from ..llama import CACHE_TYPES
+
+    types = {}
+    for name in ("type_k", "type_v"):
+        value = getattr(arguments, name).lower()
+        if value not in CACHE_TYPES:
+            raise OptionError(
+                f"--{name.replace('_', '-')} {value!r} is not a cache type: it must be one of "
+                f"{', '.join(CACHE_TYPES)}.{did_you_mean(value, CACHE_TYPES)}"
+            )
+        types[name] = CACHE_TYPES[value]
+    if arguments.type_v.lower() not in ("f32", "f16", "bf16") and not arguments.flash_attn:
+        raise OptionError(f"--type-v {arguments.type_v} needs --flash-attn")
+    return ContextOptions(
+        n_ctx=arguments.ctx,
+        n_batch=arguments.n_batch,
+        n_ubatch=arguments.n_ubatch,
+        flash_attn=arguments.flash_attn,
+        **types,
+    )
+
+
+def _images(arguments: argparse.Namespace) -> int:
+    if arguments.images is not None:
+        return int(arguments.images)
+    return 0 if arguments.mmproj is None and arguments.image_tokens is None else 1
+
+
+def _max_cells(
+    arguments: argparse.Namespace, model: DryModel, options: ContextOptions
+) -> int | None:
+    from ..byte_size import parse_bytes
+    from ..errors import OptionError
+
+    text = arguments.kv_max_cells
+    if text is None:
+        return None
+    if text.isdigit():
+        cells = int(text)
+    else:
+        one, two = (model.context(options, cells) for cells in (256, 512))
+        per_cell = max(1, (two.kv - one.kv) // 256)
+        cells = parse_bytes("--kv-max-cells", text) // per_cell
+    if cells < 256:
+        raise OptionError(f"--kv-max-cells {text} is {cells} cells: it must be at least 256")
+    return cells
+
+
+# The vision part.
+
+
+def _vision(
+    arguments: argparse.Namespace, model: DryModel, width: int, height: int
+) -> tuple[_Picture, Vision]:
+    from ..errors import LibraryError, ProjectorError
+    from ..memory import Vision
+    from ..projector_size import DryProjector, EncoderPeak, ImageBounds
+
+    bounds = ImageBounds(arguments.image_min_tokens, arguments.image_max_tokens)
+    projector = DryProjector(arguments.mmproj, bounds)
+    peak: EncoderPeak | None = None
+    note = ""
+    try:
+        peak = projector.encoder_peak(arguments.flash_attn)
+    except (LibraryError, ProjectorError) as error:
+        note = f"The vision encoder is not counted: {error}"
+    encoder = None if peak is None else peak.size
+    if arguments.image_tokens is not None:
+        return _Picture(arguments.image_tokens, encoder, note), Vision(projector.weights, encoder)
+
+    sizes = [(width, height)]
+    if peak is not None and peak.side:
+        sizes.append((peak.side, peak.side))
+    picture, *laid_out = projector.image_tokens(model, sizes)
+    if peak is not None and laid_out and picture.piece > laid_out[0].piece:
+        # Buffers grow with the tokens; they were laid out for fewer.
+        encoder = round(peak.size * picture.piece / laid_out[0].piece)
+        note = (
+            "The vision encoder is estimated: llama.cpp lays it out for pictures of "
+            f"{peak.side}x{peak.side}, and larger ones take more."
+        )
+    return _Picture(picture.total, encoder, note), Vision(projector.weights, encoder)
+
+
+# Output.
+
+
+def _print(
+    arguments: argparse.Namespace,
+    reading: Reading,
+    fit: Fit,
+    vision: Vision,
+    budget: Budget,
+) -> None:
+    what = f"{reading.text_tokens} tokens of text"
+    if reading.images:
+        size = f" of {arguments.size}" if arguments.mmproj and not arguments.image_tokens else ""
+        plural = "s" if reading.images > 1 else ""
+        pictures = f"{reading.images} picture{plural}{size}"
+        what = f"{pictures} ({reading.image_tokens} tokens each), {what}"
+    print(f"{arguments.model.name}: {what}")
+    print(f"{reading.tokens} of {arguments.ctx} tokens, {arguments.kv_merge}, {budget}\n")
+
+    columns: dict[str, Footprint] = {"full cache": fit.full}
+    if fit.merged is not None and fit.peak is not None:
+        columns |= {"merged": fit.merged, "while reading": fit.peak}
+    print(f"{'MiB':<28}" + "".join(f"{name:>15}" for name in columns))
+    for name, label in _ROWS.items():
+        if name == "encoder" and vision.encoder is None:
+            print(f"{label:<28}" + f"{'unknown':>15}" * len(columns))
+            continue
+        values = [getattr(column, name) / 2**20 for column in columns.values()]
+        if any(values):
+            print(f"{label:<28}" + "".join(f"{value:>15.1f}" for value in values))
+    print(f"{'cells':<28}" + "".join(f"{column.cells:>15}" for column in columns.values()))
+
+
+def _print_within(memory: str, longest: int, within: dict[str, int]) -> None:
+    labels = {
+        "full": "full cache",
+        "merged": "merged, read in one prompt",
+        "merged_in_turns": "merged, read one a turn",
+    }
+    print(f"\nPictures that fit into {memory}, with n_ctx as needed, up to {longest}:")
+    for name, count in within.items():
+        print(f"  {labels[name]:<28}{count:>8}")
+
+
+def _notes(
+    arguments: argparse.Namespace, reading: Reading, fit: Fit, note: str, trained: int
+) -> list[str]:
+    notes = [note] if note else []
+    if arguments.ctx > trained:
+        notes.append(f"The model was trained for a context of {trained}, not {arguments.ctx}.")
+    if reading.tokens > arguments.ctx:
+        images = 0
+        if reading.image_tokens:
+            images = max(0, arguments.ctx - reading.text_tokens) // reading.image_tokens
+        fitting = f": {images} of these pictures fit" if reading.images else ""
+        notes.append(
+            f"These are more tokens than --ctx {arguments.ctx} takes{fitting}. "
+            f"Make it at least {reading.tokens}."
+        )
+    if fit.refusal:
+        notes.append(f"This model cannot be merged: {fit.refusal}")
+    return notes
+
+
+def _plain(
+    arguments: argparse.Namespace,
+    reading: Reading,
+    fit: Fit,
+    vision: Vision,
+    within: dict[str, int] | None,
+) -> dict[str, Any]:
+    def column(footprint: Footprint | None) -> dict[str, int | None] | None:
+        if footprint is None:
+            return None
+        encoder = {"encoder": None} if vision.encoder is None else {}
+        return {**asdict(footprint), **encoder, "total": footprint.total}
+
+    return {
+        "n_ctx": arguments.ctx,
+        "images": reading.images,
+        "image_tokens": reading.image_tokens,
+        "tokens": reading.tokens,
+        "fits_context": reading.tokens <= arguments.ctx,
+        "full": column(fit.full),
+        "merged": column(fit.merged),
+        "while_reading": column(fit.peak),
+        "cannot_merge": fit.refusal or None,
+        "images_within_memory": within,
+    }

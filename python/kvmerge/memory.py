@@ -1,0 +1,266 @@
+"""What a model, its cache and its pictures take, with the full cache and with one that merges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from .budget import Budget
+from .dry_load import ContextOptions, DryModel, EngineSizes
+from .errors import UnsupportedError
+from .policies import Policy
+
+_STEP = 256
+"""A cache grows and shrinks by as many cells."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read: pictures of one size, and text.
+
+    Attributes
+    ----------
+    images, image_tokens : int
+        How many pictures, and the tokens of one.
+    text_tokens : int
+        Tokens of text beside them.
+    """
+
+    images: int
+    image_tokens: int
+    text_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return self.images * self.image_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Bytes of the vision part; ``encoder`` is None where it is not known."""
+
+    weights: int = 0
+    encoder: int | None = 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that are resident, by what they are for.
+
+    ``queries`` are those that merging keeps of the prompt, ``cells`` is the size of the cache.
+    """
+
+    weights: int
+    mmproj: int
+    kv: int
+    queries: int
+    compute: int
+    encoder: int
+    cells: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "cells")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is resident with the full cache, and with one that merges.
+
+    ``merged`` is after the merge and ``peak`` before it, when all has been read; both are None
+    where the model cannot be merged, and ``refusal`` says why.
+    """
+
+    full: Footprint
+    merged: Footprint | None
+    peak: Footprint | None
+    refusal: str = ""
+
+
+class Estimate:
+    """Arithmetic over what llama.cpp would allocate.
+
+    Parameters
+    ----------
+    model : DryModel
+        The model.
+    options : ContextOptions
+        Options of the context.
+    vision : Vision
+        What the mmproj takes.
+    policy : Policy
+        How the cache is merged.
+    budget : Budget
+        What is kept.
+    max_cells : int, optional
+        The most cells that the cache that merges may have; None is no limit but ``n_ctx``.
+    """
+
+    def __init__(
+        self,
+        model: DryModel,
+        options: ContextOptions,
+        vision: Vision,
+        policy: Policy,
+        budget: Budget,
+        max_cells: int | None = None,
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._vision = vision
+        self._policy = policy
+        self._budget = budget
+        self._max_cells = max_cells
+
+    def fit(self, reading: Reading) -> Fit:
+        """Return what is resident when all that is read fits into the context."""
+        full = self._full(self._options)
+        try:
+            return Fit(full, self._merged(reading.tokens), self._peak(reading.tokens))
+        except UnsupportedError as refusal:
+            return Fit(full, None, None, str(refusal))
+
+    def images_within(self, memory: int, one: Reading) -> dict[str, int]:
+        """Return how many pictures fit into an amount of memory, up to the longest context.
+
+        Parameters
+        ----------
+        memory : int
+            Bytes, weights included.
+        one : Reading
+            One picture and the text.
+
+        Returns
+        -------
+        dict
+            ``full``: with the full cache and ``n_ctx`` just large enough; ``merged``: read in one
+            prompt; ``merged_in_turns``: read one a turn, so that earlier ones are merged already.
+        """
+
+        def tokens(images: int) -> int:
+            return replace(one, images=images).tokens
+
+        def full(images: int) -> int:
+            n_ctx = _round_up(tokens(images))
+            return self._full(replace(self._options, n_ctx=n_ctx)).total
+
+        def merged(images: int) -> int:
+            larger = self._with_context(_round_up(tokens(images)))
+            return larger._peak(tokens(images)).total
+
+        def in_turns(images: int) -> int:
+            larger = self._with_context(_round_up(tokens(images)))
+            held = larger._kept(tokens(images - 1)) if images > 1 else one.text_tokens
+            return larger._peak(held + one.image_tokens, is_merged=images > 1).total
+
+        most = max(0, self.longest_context - one.text_tokens) // one.image_tokens
+        found = {"full": _largest(most, lambda images: full(images) <= memory)}
+        try:
+            found["merged"] = _largest(most, lambda images: merged(images) <= memory)
+            found["merged_in_turns"] = _largest(most, lambda images: in_turns(images) <= memory)
+        except UnsupportedError:
+            pass
+        return found
+
+    @property
+    def longest_context(self) -> int:
+        """``n_ctx``, or what the model was trained for if that is more."""
+        return max(self._options.n_ctx, self._model.trained_context)
+
+    # The parts.
+
+    def _with_context(self, n_ctx: int) -> Estimate:
+        return Estimate(
+            self._model,
+            replace(self._options, n_ctx=max(n_ctx, self._options.n_ubatch)),
+            self._vision,
+            self._policy,
+            self._budget,
+            self._max_cells,
+        )
+
+    def _footprint(self, kv: int, queries: int, compute: int, cells: int) -> Footprint:
+        return Footprint(
+            weights=self._model.weights,
+            mmproj=self._vision.weights,
+            kv=kv,
+            queries=queries,
+            compute=compute,
+            encoder=self._vision.encoder or 0,
+            cells=cells,
+        )
+
+    def _full(self, options: ContextOptions) -> Footprint:
+        sizes = self._model.context(options)
+        return self._footprint(sizes.kv, 0, sizes.compute, sizes.cells)
+
+    def _kept(self, tokens: int) -> int:
+        """Return the cells that are held of some tokens after the merge."""
+        return self._budget.cells(tokens, self._policy.always_kept)
+
+    def _capped(self, cells: int) -> int:
+        cells = _round_up(max(cells, self._options.n_ubatch))
+        most = _round_up(self._options.n_ctx)
+        if self._max_cells is not None:
+            most = min(most, max(_STEP, self._max_cells // _STEP * _STEP))
+        return min(cells, most)
+
+    def _merged(self, tokens: int) -> Footprint:
+        # One cell more: the next token needs one.
+        return self._with_engine(self._capped(self._kept(tokens) + 1), is_merged=True)
+
+    def _peak(self, tokens: int, is_merged: bool = False) -> Footprint:
+        cells = self._capped(tokens)
+        # Where there may be fewer cells than tokens, the cache was merged on the way.
+        peak = self._with_engine(cells, is_merged=is_merged or cells < tokens)
+        # The cache changes its size layer by layer: one is there twice.
+        n_layers = len(self._engine(cells).layers)
+        return replace(peak, kv=peak.kv + peak.kv // n_layers)
+
+    def _engine(self, cells: int) -> EngineSizes:
+        return self._model.engine(self._options, cells, self._policy)
+
+    def _with_engine(self, cells: int, is_merged: bool) -> Footprint:
+        sizes, engine = self._model.context(self._options, cells), self._engine(cells)
+        compute = sizes.compute
+        if is_merged:
+            fused = replace(self._options, flash_attn=True)
+            smallest = self._model.context(fused, _STEP).compute
+            compute = self._compute_of_merged(cells, sizes.compute, smallest, engine)
+        return self._footprint(sizes.kv + engine.bias, engine.observed, compute, cells)
+
+    def _compute_of_merged(self, cells: int, stock: int, smallest: int, engine: EngineSizes) -> int:
+        """Return the compute buffers of a graph that adds the bias of merged cells.
+
+        It attends with one KV head at a time, each with a mask of its own beside the common one;
+        `stock` are the buffers of a graph that does not, `smallest` those that attention has no
+        part in.
+        """
+        layer = max(engine.layers, key=lambda layer: layer.n_head)
+        batch = min(self._options.n_ubatch, self._options.n_batch, self._options.n_ctx)
+        mask = cells * batch * (2 if self._options.flash_attn else 4)
+        if self._options.flash_attn:
+            # The residual, queries, and outputs of the heads so far, joined and to be joined; how
+            # tightly the allocator packs them was measured.
+            activations = round(5.5 * batch * layer.n_head * layer.head_size_k * 4)
+            return max(stock, 2 * mask + activations)
+        fewer_heads = layer.n_head - layer.n_head // layer.n_head_kv
+        return max(smallest, stock + mask - cells * batch * fewer_heads * 4)
+
+
+def _round_up(cells: int) -> int:
+    return -(-cells // _STEP) * _STEP
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number up to `most` that fits, if all smaller ones do; 0 if none does."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
