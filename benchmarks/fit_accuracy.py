@@ -5,8 +5,8 @@ reports; RSS is what the process grew by, from before the model was loaded until
 (and merged). It also holds the vocabulary, the graphs and what the allocator has not given back,
 some MiB whatever the size of a model: that shows with models as small as these, so RSS is printed
 and does not fail. Nor do the compute buffers alone: how tightly llama.cpp packs a graph that adds
-the bias of merged cells is known only roughly. Random models of several shapes, and the model in the
-package with pictures.
+the bias of merged cells is known only roughly. Random models of several shapes, and the model in
+the package with pictures.
 
     python benchmarks/fit_accuracy.py
 """
