@@ -41,11 +41,15 @@ class Mix:
 
 @dataclass
 class Sequencer:
-    """Collects the tokens of one chat with the weight of the loss on each."""
+    """Collects the tokens of one chat with the weight of the loss on each.
+
+    ``numbers`` says where the number after each picture stands.
+    """
 
     patches: int
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
         """Append tokens."""
@@ -64,6 +68,8 @@ class Sequencer:
                     self.add([PICTURE] * self.patches)
             else:
                 captioned = i in prompt.captions
+                if part.isdigit():
+                    self.numbers.append(len(self.ids))
                 self.add(v.encode(part), caption_weight if captioned and show else 0.0)
 
 
@@ -89,11 +95,17 @@ def _in_turn(rng: np.random.Generator, questions: Sequence[Question]) -> list[Qu
     short = [q for q in questions if q.task not in revealing]
     # what was said aloud once could be copied from there: few such answers a chat
     long = [q for q in questions if q.task in revealing][:3]
-    # first of all, a scanning question has no earlier answer to take its letter or colour for
+    # first of all, a scanning question has no earlier answer that shows the same colour
     long.sort(key=lambda q: q.task not in SCANNING_TASKS)
-    if long and rng.random() < 0.6:
+    if long and long[0].task in SCANNING_TASKS and rng.random() < 0.6:
         return [long[0], *short, *long[1:]]
     return short + long
+
+
+def _weights(task: str, length: int) -> list[float]:
+    """Return the weight of the loss on every token of an answer and its end marker."""
+    # Long answers would else drown the short ones.
+    return [0.2 if task in SCANNING_TASKS else length**-0.5] * length
 
 
 @dataclass
@@ -110,12 +122,15 @@ class Batch:
         Pool index of every picture, in reading order over the rows.
     spans : list of (task, row, first, last)
         Where each answer lies, end marker included.
+    numbers : list of (row, position, colour, shape, letter)
+        Where the number after each picture stands, and what the picture shows, by index.
     """
 
     ids: Tensor
     weights: Tensor
     pictures: list[int]
     spans: list[tuple[str, int, int, int]]
+    numbers: list[tuple[int, int, int, int, int]]
 
 
 def make_batch(
@@ -128,6 +143,7 @@ def make_batch(
     rows: list[Sequencer] = []
     pictures: list[int] = []
     spans = []
+    numbers = []
     for row in range(mix.rows):
         crowded = rng.random() < 0.15
         prompt = make_prompt(
@@ -146,6 +162,9 @@ def make_batch(
         )
         sequence = Sequencer(patches)
         sequence.add_context(prompt, mix.show, 0.3)
+        for at, p in zip(sequence.numbers, prompt.pictures, strict=True):
+            shown = list(COLOURS).index(p.colour), SHAPES.index(p.shape), LETTERS.index(p.letter)
+            numbers.append((row, at, *shown))
         if mix.show:
             pictures += [pick(p, rng) for p in prompt.pictures]
         joined = rng.random() < 0.2
@@ -157,8 +176,8 @@ def make_batch(
             sequence.add([*v.encode(question.text), v.END, v.ASSISTANT])
             answer = [*v.encode(question.answer), v.END]
             spans.append((question.task, row, len(sequence.ids), len(sequence.ids) + len(answer)))
-            # scanning hangs on one decision a line, which must not drown among the easy tokens
-            sequence.add(answer, 0.6 if question.task in SCANNING_TASKS else len(answer) ** -0.5)
+            sequence.ids += answer
+            sequence.weights += _weights(question.task, len(answer))
         rows.append(sequence)
     length = max(len(r.ids) for r in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -166,4 +185,4 @@ def make_batch(
     for i, r in enumerate(rows):
         ids[i, : len(r.ids)] = torch.tensor(r.ids)
         weights[i, : len(r.ids)] = torch.tensor(r.weights)
-    return Batch(ids, weights, pictures, spans)
+    return Batch(ids, weights, pictures, spans, numbers)

@@ -191,15 +191,24 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.06)
 
     def forward(
-        self, x: Tensor, cache: list[tuple[Tensor, Tensor]] | None = None, start: int = 0
+        self,
+        x: Tensor,
+        cache: list[tuple[Tensor, Tensor]] | None = None,
+        start: int = 0,
+        taps: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Map decoder inputs (n, t, width) to normed hidden states of the same shape."""
+        """Map decoder inputs (n, t, width) to normed hidden states of the same shape.
+
+        ``taps`` takes up what leaves the blocks that are its keys.
+        """
         half = self.c.head_size // 2
         rates = self.c.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = torch.arange(start, start + x.shape[1], dtype=torch.float32)[:, None] * rates
         turn = torch.polar(torch.ones_like(angles), angles)[:, None]
         for i, block in enumerate(self.blocks):
             x = block(x, turn, cache, i)
+            if taps is not None and i in taps:
+                taps[i] = x
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

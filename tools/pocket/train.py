@@ -33,12 +33,18 @@ import vocabulary as v  # noqa: E402
 from batches import PICTURE, Batch, Mix, make_batch, picture_index  # noqa: E402
 from model import Config, Decoder, PocketModel, Vision  # noqa: E402
 from pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
-from pocket.tasks import TASKS, Picture  # noqa: E402
+from pocket.tasks import MAX_PICTURES, TASKS, Picture  # noqa: E402
 
 REPEATS = 40
 """Pictures drawn of every (colour, shape, letter)."""
 
 VOCABULARY = v.SIZE
+
+GATHERING_WEIGHT = 0.15
+"""Weight of `Gathering` next to the loss on the answers."""
+
+COPY_EVERY = 6
+"""Every so many steps are a batch of copying, lest it be forgotten."""
 
 
 def log(message: str) -> None:
@@ -158,53 +164,64 @@ def train_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
             save(work / "vision-weights.pt", vision=vision.state_dict(), step=step + 1)
 
 
-def set_copying_heads(decoder: Decoder) -> None:
-    """Give the fresh decoder the two heads that copying needs.
+def copy_batch(rng: np.random.Generator, tokens: int, gap: int) -> tuple[Tensor, Tensor]:
+    """Draw strings of words that occur twice, and mark what can be known.
 
-    Found by training alone they take many hundred steps in which nothing else is learnt.  The
-    first head looks one token back (a second one two tokens): the first channel of every embedding
-    is made a constant and the head reads only that channel, so that its scores depend on the
-    distance alone.  It writes what it saw into the last channels.  A head of the second block
-    looks for the place where these channels hold the present token and copies the token there.
+    Only tokens of the tasks occur: bytes that no prompt contains would dilute the practice.  With
+    a `gap`, two of three batches have up to so many other words between the copies, since what is
+    learnt at short distances alone does not reach across pictures; and in every other one the
+    second copy consists of short pieces in another order, each of which has to be found by its
+    first word, as a fact is found by its name.
+
+    Returns
+    -------
+    copies : Tensor
+        (rows, length).
+    known : Tensor
+        (length,), whether a token follows from those before it.
     """
-    c = decoder.c
-    size, half, fast = c.head_size, c.head_size // 2, 10
-    low = c.width - size
-    rates = c.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
-    one, two = decoder.blocks[0], decoder.blocks[1]
-    with torch.no_grad():
-        for name, p in decoder.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
-                p.mul_(0.2)
-        decoder.embed.weight[:, 0] = 0.36
-        decoder.embed.weight[:, low:] = 0.0
-        key = torch.zeros(size)
-        key[0 : 2 * fast : 2] = 1.1
-        one.k.weight[:size] = 0.0
-        one.k.weight[:size, 0] = key
-        for head in range(c.heads // c.kv_heads):
-            back = head + 1
-            query = torch.zeros(size)
-            query[0 : 2 * fast : 2] = 1.1 * torch.cos(rates[:fast] * back)
-            query[1 : 2 * fast : 2] = -1.1 * torch.sin(rates[:fast] * back)
-            rows = slice(head * size, (head + 1) * size)
-            one.q.weight[rows] = 0.0
-            one.q.weight[rows, 0] = query
-        reading = torch.randn(size, low - 1) * (low - 1) ** -0.5
-        one.v.weight[:size] = 0.0
-        one.v.weight[:size, 1:low] = reading
-        one.out.weight[:, :size] = 0.0
-        one.out.weight[low:, :size] = 0.06 * torch.eye(size)
-        # Only the slowly turning channels of the second head compare tokens.
-        two.k.weight[:size] = 0.0
-        two.k.weight[half:size, low : low + half] = 2.5 * torch.eye(half)
-        two.q.weight[:size] = 0.0
-        two.q.weight[half:size, 1:low] = 2.5 * reading[:half]
-        copying = torch.randn(size, low - 1) * (low - 1) ** -0.5
-        two.v.weight[:size] = 0.0
-        two.v.weight[:size, 1:low] = copying
-        two.out.weight[:, :size] = 0.0
-        two.out.weight[1:low, :size] = copying.T
+    words = torch.from_numpy(rng.permutation(v.WORDS))
+
+    def draw(rows: int, length: int, among: Tensor = words) -> Tensor:
+        return among[torch.from_numpy(rng.integers(0, len(among), (rows, length)))]
+
+    lead = int(rng.integers(1, 16))
+    between = int(rng.integers(0, gap + 1)) if rng.random() < 2 / 3 else 0
+    if gap and rng.random() < 0.5:
+        piece, pieces = int(rng.integers(2, 6)), int(rng.integers(3, 17))
+        length = piece * pieces
+    else:
+        piece, pieces, length = 0, 0, int(rng.integers(12, 49))
+    rows = max(4, tokens // (lead + 2 * length + between))
+    first = second = draw(rows, length)
+    known = torch.ones(length, dtype=torch.bool)
+    known[0] = False
+    if piece:
+        # No first word of a piece occurs anywhere else.
+        names, others = words[: len(words) // 3], words[len(words) // 3 :]
+        order = torch.from_numpy(rng.permuted(np.tile(np.arange(len(names)), (rows, 1)), axis=1))
+        rest = draw(rows, pieces * (piece - 1), others).view(rows, pieces, piece - 1)
+        parts = torch.cat((names[order[:, :pieces, None]], rest), dim=2)
+        shuffled = torch.from_numpy(rng.permuted(np.tile(np.arange(pieces), (rows, 1)), axis=1))
+        first = parts.flatten(1)
+        second = parts.gather(1, shuffled[..., None].expand(-1, -1, piece)).flatten(1)
+        known[::piece] = False
+        words = others
+    copies = torch.cat((draw(rows, lead, words), first, draw(rows, between, words), second), dim=1)
+    return copies, torch.cat((torch.zeros(lead + length + between, dtype=torch.bool), known))
+
+
+def copy_loss(
+    decoder: Decoder, rng: np.random.Generator, size: int, gap: int
+) -> tuple[Tensor, float]:
+    """Return the loss of copying about `size` tokens, and the share of right ones."""
+    tokens, known = copy_batch(rng, size, gap)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = decoder(decoder.embed(tokens[:, :-1]))
+        scores = decoder.logits(hidden[:, known[1:]]).float()
+    goal = tokens[:, known]
+    right = (scores.argmax(-1) == goal).float().mean().item()
+    return F.cross_entropy(scores.flatten(0, 1), goal.flatten()), right
 
 
 def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> None:
@@ -212,7 +229,6 @@ def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> 
     torch.set_num_threads(threads)
     torch.manual_seed(2)
     decoder = Decoder(Config(VOCABULARY))
-    set_copying_heads(decoder)
     optimizer = make_optimizer(decoder, rate, decay=0.01)
     path = work / "copy.pt"
     first = 0
@@ -228,23 +244,14 @@ def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> 
         for group in optimizer.param_groups:
             # Held, not lowered: the step at which copying clicks varies.
             group["lr"] = rate * min(1.0, (step + 1) / 50)
-        length = int(rng.integers(8, 40))
-        strings = torch.from_numpy(rng.integers(0, VOCABULARY, (rows, length)))
-        lead = torch.from_numpy(rng.integers(0, VOCABULARY, (rows, int(rng.integers(1, 16)))))
-        tokens = torch.cat((lead, strings, strings), dim=1)
-        at = lead.shape[1] + length
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = decoder(decoder.embed(tokens[:, :-1]))
-            scores = decoder.logits(hidden[:, at:]).float()
-        goal = tokens[:, at + 1 :]
-        loss = F.cross_entropy(scores.flatten(0, 1), goal.flatten())
+        loss, right = copy_loss(decoder, rng, 60 * rows, 0)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
-        recent.append((scores.argmax(-1) == goal).float().mean().item())
+        recent.append(right)
         if (step + 1) % 25 == 0:
-            right = sum(recent[-25:]) / 25
+            right = sum(recent[-25:]) / len(recent[-25:])
             pace = (time.time() - begun) / (step + 1 - first)
             log(f"copy {step + 1} loss {loss.item():.3f} right {right:.3f} {pace:.2f}s")
             if (step + 1) % 50 == 0:
@@ -268,7 +275,7 @@ class Tally:
     """Running accuracy of every task, and the task weights that follow from it."""
 
     def __init__(self) -> None:
-        self.right = dict.fromkeys(TASKS, 0.0)
+        self.right = dict.fromkeys((*TASKS, "gather", "copy"), 0.0)
 
     def add(self, found: dict[str, list[float]]) -> None:
         """Take in the answers of one batch."""
@@ -289,16 +296,65 @@ class Tally:
         return " ".join(f"{t}={100 * r:.0f}" for t, r in self.right.items())
 
 
+class Gathering(nn.Module):
+    """Reads from the number after a picture what it shows, and from a patch of it the number.
+
+    Practice only, not part of the model: whoever looks for a picture by its letter or colour then
+    finds its number in the same place.
+
+    Parameters
+    ----------
+    width : int
+        Width of the decoder.
+    block : int
+        The block behind which the number has to know.
+    """
+
+    def __init__(self, width: int, block: int = 2) -> None:
+        super().__init__()
+        self.block = block
+        sizes = (len(COLOURS), len(SHAPES), len(LETTERS))
+        self.heads = nn.ModuleList(nn.Linear(width, s) for s in sizes)
+        self.number = nn.Linear(width, MAX_PICTURES)
+
+    def forward(self, states: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        """Return the loss over all numbers, and the share of right readings."""
+        where = torch.tensor(batch.numbers)
+        x = states[where[:, 0], where[:, 1]].float()
+        x = F.rms_norm(x, x.shape[-1:])
+        loss, right = x.new_zeros(()), 0.0
+        for i, head in enumerate(self.heads):
+            scores = head(x)
+            loss = loss + F.cross_entropy(scores, where[:, 2 + i])
+            right += (scores.argmax(-1) == where[:, 2 + i]).float().mean().item() / 3
+        # Pictures follow one another: the k-th number of a row belongs to its k-th picture.
+        first = torch.cumsum(torch.bincount(where[:, 0]), 0).roll(1)
+        first[0] = 0
+        number = torch.arange(len(where)) - first[where[:, 0]]
+        at = where[:, 1] - torch.randint(5, 60, (len(where),))
+        shown = batch.ids[where[:, 0], at] == PICTURE
+        if shown.any():
+            x = states[where[shown, 0], at[shown]].float()
+            scores = self.number(F.rms_norm(x, x.shape[-1:]))
+            loss = loss + F.cross_entropy(scores, number[shown])
+            right = 0.5 * right + 0.5 * (scores.argmax(-1) == number[shown]).float().mean().item()
+        return loss, right
+
+
 def forward_batch(
-    model: PocketModel, batch: Batch, pixels: Tensor | None
+    model: PocketModel, batch: Batch, pixels: Tensor | None, gathering: Gathering | None = None
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Return the loss of a batch and, for every answer, whether all its tokens are right."""
+    """Return the loss of a batch and, for every answer, whether all its tokens are right.
+
+    With `gathering` its loss comes on top, and its share of right readings under ``gather``.
+    """
+    taps = {} if gathering is None else {gathering.block: torch.empty(0)}
     with torch.autocast("cpu", torch.bfloat16):
         x = model.decoder.embed(batch.ids.clamp(min=0))
         if pixels is not None:
             features = model.vision(pixels).flatten(0, 1).to(x.dtype)
             x = x.masked_scatter((batch.ids == PICTURE)[..., None], features)
-        hidden = model.decoder(x[:, :-1])
+        hidden = model.decoder(x[:, :-1], taps=taps)
         marked = batch.weights[:, 1:] > 0
         scores = model.decoder.logits(hidden[marked]).float()
     goal = batch.ids[:, 1:][marked]
@@ -309,6 +365,10 @@ def forward_batch(
     found: dict[str, list[float]] = {}
     for task, row, first, last in batch.spans:
         found.setdefault(task, []).append(float(good[row, first:last].all()))
+    if gathering is not None:
+        extra, right = gathering(taps[gathering.block], batch)
+        loss = loss + GATHERING_WEIGHT * extra
+        found["gather"] = [right]
     return loss, found
 
 
@@ -324,12 +384,15 @@ def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -
     config = Config(VOCABULARY)
     model = PocketModel(config)
     model.decoder.load_state_dict(torch.load(work / "copy.pt")["decoder"])
-    optimizer = make_optimizer(model.decoder, rate)
+    gathering = Gathering(config.width)
+    parts = nn.ModuleList([model.decoder, gathering])
+    optimizer = make_optimizer(parts, rate)
     path = work / "text.pt"
     first = 0
     if path.exists():
         state = torch.load(path)
         model.decoder.load_state_dict(state["decoder"])
+        gathering.load_state_dict(state["gathering"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     rng = np.random.default_rng([3, first])
@@ -339,17 +402,20 @@ def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 30)
-        n = int(rng.integers(min(2, most), most + 1))
-        rows = max(2, tokens // (18 * n + 350))
-        mix = Mix(n, rows, tally.weights(), show=False, clutter=most / 12)
-        batch = make_batch(rng, mix, 0, pick_from_pool)
-        loss, found = forward_batch(model, batch, None)
-        tally.add(found)
+        if step % COPY_EVERY == 0:
+            loss, _ = copy_loss(model.decoder, rng, tokens // 2, 200)
+        else:
+            n = int(rng.integers(min(2, most), most + 1))
+            rows = max(2, tokens // (18 * n + 350))
+            mix = Mix(n, rows, tally.weights(), show=False, clutter=most / 12)
+            batch = make_batch(rng, mix, 0, pick_from_pool)
+            loss, found = forward_batch(model, batch, None, gathering)
+            tally.add(found)
         if tally.mean() > 0.75 and most < 12 and step >= changed + 8:
             most, changed = most + 1, step
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 20 == 0:
             pace = (time.time() - begun) / (step + 1 - first)
@@ -358,6 +424,7 @@ def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -
             save(
                 path,
                 decoder=model.decoder.state_dict(),
+                gathering=gathering.state_dict(),
                 optimizer=optimizer.state_dict(),
                 step=step + 1,
             )
@@ -495,20 +562,27 @@ def train_joint(
     for group in vision_groups:
         # A high rate makes the ViT forget the letters before the decoder reads them.
         group["slow"] = vision_rate
-    optimizer = torch.optim.AdamW([*decoder_groups, *vision_groups], betas=(0.9, 0.95))
+    gathering = Gathering(model.c.width)
+    gathering_groups = make_optimizer(gathering, rate).param_groups
+    optimizer = torch.optim.AdamW(
+        [*decoder_groups, *vision_groups, *gathering_groups], betas=(0.9, 0.95)
+    )
     path = work / "joint.pt"
     first, spent, most, changed = 0, 0.0, 3, 0
     tally, words_only = Tally(), Tally()
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
+        gathering.load_state_dict(state["gathering"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["spent"]
         tally.right.update({t: r for t, r in state["tally"].items() if t in tally.right})
         most = state["most"]
         changed = first
     else:
-        model.decoder.load_state_dict(torch.load(work / "text.pt")["decoder"])
+        state = torch.load(work / "text.pt")
+        model.decoder.load_state_dict(state["decoder"])
+        gathering.load_state_dict(state["gathering"])
         model.vision.load_state_dict(torch.load(work / "vision-aligned.pt")["vision"])
     rng = np.random.default_rng([4, first])
     begun = time.time()
@@ -518,31 +592,40 @@ def train_joint(
         if clock > minutes * 60:
             break
         part = max(step / steps, clock / (minutes * 60))
-        moving = part > 0.35
-        model.vision.requires_grad_(moving)
+        model.vision.requires_grad_(part > 0.3)
+        fall = max(0.0, (part - 0.5) / 0.5)
         for group in optimizer.param_groups:
             group["lr"] = (
-                rate_at(step, 10**9, rate)
-                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part)))
+                rate
+                * min(1.0, (step - first + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
                 * group.get("slow", 1.0)
             )
-        if tally.mean() > 0.72 and most < 12 and step >= changed + 15:
+        if tally.mean() > 0.75 and most < 12 and step >= changed + 15:
             most, changed = most + 1, step
-        most = max(most, min(12, int(8 + 8 * part)))
-        n = int(rng.integers(1 if rng.random() < 0.1 else 3, most + 1))
-        if part > 0.7 and rng.random() < 0.05:
+        most = max(most, min(12, int(3 + 12 * part)))
+        n = int(rng.integers(max(1, most - 4), most + 1))
+        if rng.random() < 0.1:
+            n = int(rng.integers(1, most + 1))
+        if part > 0.5 and rng.random() < 0.08:
             n = int(rng.integers(13, 25))
-        if rng.random() < 0.1 * (1 - 2 * part):
+        kind = rng.random()
+        if step % COPY_EVERY == 0 and part < 0.5:
+            loss, copied = copy_loss(model.decoder, rng, tokens, 700)
+            tally.add({"copy": [copied]})
+        elif kind < 0.12 * (1 - 2 * part):
             # Words in place of pictures: cheap practice in finding the answer.
             rows = max(2, tokens // (36 * n + 700))
             mix = Mix(n, rows, words_only.weights(), show=False, clutter=most / 12)
             batch = make_batch(rng, mix, 0, pick_from_pool)
-            loss, found = forward_batch(model, batch, None)
+            loss, found = forward_batch(model, batch, None, gathering)
             words_only.add(found)
         else:
-            captions = 0.4 if part < 0.2 else 0.15
+            captions = 0.3 if part < 0.15 else 0.05
             batch = draw_batch(rng, n, tokens, tally.weights(), captions, most / 12)
-            loss, found = forward_batch(model, batch, to_pixels(pool[batch.pictures], rng))
+            loss, found = forward_batch(
+                model, batch, to_pixels(pool[batch.pictures], rng), gathering
+            )
             tally.add(found)
         optimizer.zero_grad()
         loss.backward()
@@ -563,6 +646,7 @@ def train_joint(
             save(
                 path,
                 model=model.state_dict(),
+                gathering=gathering.state_dict(),
                 optimizer=optimizer.state_dict(),
                 step=done,
                 spent=spent + time.time() - begun,
@@ -572,6 +656,7 @@ def train_joint(
     save(
         path,
         model=model.state_dict(),
+        gathering=gathering.state_dict(),
         optimizer=optimizer.state_dict(),
         step=steps,
         spent=spent + time.time() - begun,
@@ -592,7 +677,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=256)
     parser.add_argument("--vision-rate", type=float, default=1.5e-3)
-    parser.add_argument("--copy-steps", type=int, default=400)
+    parser.add_argument("--copy-steps", type=int, default=2500)
     parser.add_argument("--copy-rows", type=int, default=48)
     parser.add_argument("--copy-rate", type=float, default=1e-3)
     parser.add_argument("--text-steps", type=int, default=300)

@@ -25,6 +25,7 @@ __all__ = [
     "SYSTEM_TEXTS",
     "TOKENS",
     "USER",
+    "WORDS",
     "decode",
     "encode",
 ]
@@ -129,6 +130,11 @@ def _tokens() -> list[str]:
 
 
 TOKENS = _tokens()
+WORDS = [i for i, token in enumerate(TOKENS) if i > TOOL and not token.startswith("<|unused")] + [
+    TOKENS.index(ch) for ch in "0123456789\u010a"
+]
+"""Tokens that the tasks are made of, without markers."""
+
 _IDS = {token: i for i, token in enumerate(TOKENS)}
 _BYTE_OF = {ch: b for b, ch in enumerate(_BYTES)}
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..errors import OptionError, did_you_mean
 from ..pocket.tasks import (
-    EXTRA_TASKS,
     MAX_PICTURES,
     SHORT_TASKS,
     TASKS,
@@ -20,7 +19,6 @@ from ..pocket.tasks import (
 from .samples import Ask, Sample
 
 _ENTROPY = 0x6576616C  # "eval": neither training nor a test uses it.
-_ALL_TASKS = TASKS + EXTRA_TASKS
 DISTRACTOR_TOKENS = 40
 """About how many tokens of sentences that nothing asks about lie between the pictures."""
 
@@ -34,10 +32,10 @@ def check(tasks: Sequence[str], pictures: Sequence[int]) -> None:
         If one is not known.
     """
     for task in tasks:
-        if task not in _ALL_TASKS:
+        if task not in TASKS:
             raise OptionError(
-                f"there is no task {task!r}: it must be one of {', '.join(_ALL_TASKS)}."
-                f"{did_you_mean(task, _ALL_TASKS)}"
+                f"there is no task {task!r}: it must be one of {', '.join(TASKS)}."
+                f"{did_you_mean(task, TASKS)}"
             )
     for number in pictures:
         if not 1 <= number <= MAX_PICTURES:
@@ -70,7 +68,7 @@ def samples(
     collection = f"{pictures} pictures"
     if distractor_tokens != DISTRACTOR_TOKENS:
         collection += f", {distractor_tokens} tokens of distracting text"
-    asked = tuple(task for task in _ALL_TASKS if task in tasks)
+    asked = tuple(task for task in TASKS if task in tasks)
     for i in range(number):
         entropy = [_ENTROPY, seed, pictures, distractor_tokens, i]
         load = partial(_load, entropy, pictures, distractor_tokens, asked)
@@ -84,8 +82,8 @@ def _load(
     prompt = make_prompt(
         rng,
         pictures,
-        tasks=_ALL_TASKS,
-        n_questions=len(_ALL_TASKS),
+        tasks=TASKS,
+        n_questions=len(TASKS),
         distractor_tokens=distractor_tokens,
     )
     questions = {question.task: question for question in prompt.questions}
@@ -108,7 +106,7 @@ def _score(task: str, expected: str, answer: str) -> float:
 
 def _asked_before(task: str) -> str:
     """Return the task that is asked first in a longer chat: a short one, which tells little."""
-    at = SHORT_TASKS.index(task) if task in SHORT_TASKS else _ALL_TASKS.index(task)
+    at = SHORT_TASKS.index(task) if task in SHORT_TASKS else TASKS.index(task)
     return SHORT_TASKS[(at + 1) % len(SHORT_TASKS)]
 
 

@@ -29,7 +29,6 @@ from .render import COLOURS, LETTERS, SHAPES, render_picture
 
 __all__ = [
     "ADJECTIVES",
-    "EXTRA_TASKS",
     "MAX_PICTURES",
     "NOUNS",
     "SCANNING_TASKS",
@@ -62,9 +61,6 @@ SHORT_TASKS: tuple[str, ...] = TASKS[:6]
 
 LONG_TASKS: tuple[str, ...] = TASKS[6:]
 """Tasks whose answers name every picture."""
-
-EXTRA_TASKS: tuple[str, ...] = ("picture_with", "colour_of", "shape_of")
-"""Tasks asked only when named."""
 
 SCANNING_TASKS: tuple[str, ...] = ("picture_of", "count")
 """Tasks that look at the pictures one after the other, aloud; the last number is the answer."""
@@ -299,13 +295,6 @@ def _ask(
     if task == "describe":
         text = _lines(f"{p.colour} {p.shape} {p.letter}" for p in pictures)
         return Question(task, "Describe every picture.", text)
-    if task == "picture_with":
-        text = f"Which picture shows the {shown.colour} {shown.shape}?"
-        return Question(task, text, str(at + 1))
-    if task == "colour_of":
-        return Question(task, f"What colour goes with the letter {shown.letter}?", shown.colour)
-    if task == "shape_of":
-        return Question(task, f"What shape goes with the letter {shown.letter}?", shown.shape)
     raise ValueError(f"unknown task {task!r}")
 
 
@@ -334,7 +323,7 @@ def make_prompt(
     n_questions : int, default 10
         Number of questions.
     tasks : sequence of str
-        Tasks to ask about, of `TASKS` and `EXTRA_TASKS`.  Without `weights` the tasks take turns
+        Tasks to ask about, of `TASKS`.  Without `weights` the tasks take turns
         in a random order, so that ten questions cover all ten tasks.
     weights : sequence of float, optional
         Draw the task of each question with these weights instead.
@@ -415,7 +404,7 @@ def score(task: str, answer: str, expected: str) -> float:
     Parameters
     ----------
     task : str
-        One of `TASKS` or `EXTRA_TASKS`.
+        One of `TASKS`.
     answer : str
         What the model said.
     expected : str
@@ -436,6 +425,6 @@ def score(task: str, answer: str, expected: str) -> float:
         said, wanted = answer.split("\n"), expected.split("\n")
         right = sum(a.strip() == b.strip() for a, b in zip(said, wanted, strict=False))
         return right / max(len(said), len(wanted))
-    if task not in TASKS + EXTRA_TASKS:
+    if task not in TASKS:
         raise ValueError(f"unknown task {task!r}")
     return float(answer == expected)
