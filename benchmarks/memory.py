@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "python"))
 
 MIB = 1024 * 1024
-TOKENS, CAP, BATCH, SHARE = 8192, 1024, 512, 0.2
+TOKENS, CAP, BATCH, SHARE = 4096, 512, 256, 0.2
 
 
 def resident() -> float:
@@ -91,7 +91,9 @@ def run(model: Path, job: str, threads: int, stock: Path | None) -> dict[str, fl
     if stock:
         environment["STOCK_LIBRARIES"] = str(stock)
     command = [sys.executable, __file__, "--worker", str(model), job, "--threads", str(threads)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, check=True, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,6 +9,7 @@
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
 #include "kvmerge-pool.h"
+#include "kvmerge-room.h"
 #include "kvmerge-score.h"
 #include "kvmerge-select.h"
 #include "kvmerge-weigh.h"
@@ -697,6 +698,10 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
         n_wanted       = 0;
     }
 
+    if (updated) {
+        kvmerge_give_back();
+    }
+
     return updated;
 }
 
@@ -818,6 +823,16 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     flows = std::move(flows_new);
 
     compact(seq_id, cells, n_after);
+
+    // what tells of the merge stays; what only the fold needed goes
+    for (auto & layer_plans : plans) {
+        for (auto & plan : layer_plans) {
+            for (auto * values : { &plan.weight, &plan.bias, &plan.similarity, &plan.value_norm }) {
+                values->clear();
+                values->shrink_to_fit();
+            }
+        }
+    }
 
     for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
         store_sums(l, cells, n_after);

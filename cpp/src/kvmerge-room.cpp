@@ -25,6 +25,9 @@
 // get_n_kv() pads to as many, and so do the backends' attention kernels
 static constexpr uint32_t STEP = 256;
 
+// freed bytes that are given back while layers are still being replaced
+static constexpr size_t MAX_FREED = 16*1024*1024;
+
 static uint32_t round_up  (uint32_t n) { return (n + STEP - 1)/STEP*STEP; }
 static uint32_t round_down(uint32_t n) { return n/STEP*STEP; }
 
@@ -52,6 +55,12 @@ uint32_t kvmerge_first_size(uint32_t n_cells, bool is_swa) {
 //
 // the size
 //
+
+void kvmerge_give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
 
 uint32_t kvmerge_engine::n_cells_max() const {
     const uint32_t n_ctx = lctx->get_cparams().n_ctx_seq;
@@ -162,6 +171,8 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     const auto before = cache.layers;
 
+    size_t n_freed = 0; // bytes since the last time
+
     for (size_t l = 0; l < n_layers; ++l) {
         auto & kv = cache.layers[l];
 
@@ -180,6 +191,12 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
             attach_tensors();
 
             return false;
+        }
+
+        n_freed += has_own ? n_before*bytes_per_cell(layers[l]) : 0;
+        if (n_freed > MAX_FREED) {
+            kvmerge_give_back();
+            n_freed = 0;
         }
     }
 
@@ -227,11 +244,7 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
         }
     }
 
-#ifdef __GLIBC__
-    if (n_cells < n_before) {
-        malloc_trim(0); // what was freed goes back to the system
-    }
-#endif
+    kvmerge_give_back();
 
     version++;
 
