@@ -66,6 +66,7 @@ def worker(model: str, job: str, threads: int) -> None:
     with Session(Path(model), merge=merge, first_cells=BATCH, **options) as session:
         engine = session.engine
         assert engine
+        engine.keep_plans(False)
         session.decode(prompt[:8])
         result["per_cell"] = engine.bytes() / engine.size() / MIB
         result["model"] = resident() - engine.bytes() / MIB
@@ -91,9 +92,7 @@ def run(model: Path, job: str, threads: int, stock: Path | None) -> dict[str, fl
     if stock:
         environment["STOCK_LIBRARIES"] = str(stock)
     command = [sys.executable, __file__, "--worker", str(model), job, "--threads", str(threads)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, check=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -71,7 +71,10 @@ def main() -> None:
             if i >= args.warm_up and (i - args.warm_up) % 50 == 0:
                 gc.collect()
                 figures.append((resident(), len(list(handles.iterdir()))))
-                print(f"{i:4d} requests: {figures[-1][0]:.1f} MiB, {figures[-1][1]} handles", flush=True)
+                print(
+                    f"{i:4d} requests: {figures[-1][0]:.1f} MiB, {figures[-1][1]} handles",
+                    flush=True,
+                )
     sizes = [size for size, _ in figures]
     change = sizes[-1] / sizes[0] - 1
     print(f"RSS {change:+.2%} after the warm-up; highest {max(sizes) / sizes[0] - 1:+.2%}")

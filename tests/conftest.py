@@ -35,6 +35,7 @@ def make_llama(*arguments: Any, **options: Any) -> kvmerge.Llama:
         "n_threads": 1,
         "n_threads_batch": 1,
         "verbose": False,
+        "kv_trace": True,
         **options,
     }
     return kvmerge.Llama(*(arguments or (pocket.model_path(),)), **options)

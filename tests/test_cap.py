@@ -116,7 +116,9 @@ def test_a_later_turn_reads_only_what_is_new_under_a_cap(capped: Llama) -> None:
     assert cached >= first["usage"]["prompt_tokens"]
 
 
-@pytest.mark.parametrize("value", [0, 100, -1, 2.5, True, "many", "12 parsecs", "1KiB", float("nan")])
+@pytest.mark.parametrize(
+    "value", [0, 100, -1, 2.5, True, "many", "12 parsecs", "1KiB", float("nan")]
+)
 def test_a_bad_cap_names_what_is_accepted(value: object) -> None:
     with pytest.raises(OptionError, match=r"kv_max_cells=.*512"):
         llama(kv_max_cells=value)

@@ -34,11 +34,12 @@ def run(*command: str | Path, **options: object) -> None:
 
 def build(folder: Path, jobs: int) -> Path:
     """Build the tests; return the folder that they are in."""
+    # One of them loads no back ends at run time: the CPU's has to be linked.
     run(
         "cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release",
-        "-DKVMERGE_BUILD_UPSTREAM_TESTS=ON", "-DKVMERGE_CPU_VARIANTS=haswell",
+        "-DKVMERGE_BUILD_UPSTREAM_TESTS=ON", "-DGGML_BACKEND_DL=OFF", "-DGGML_NATIVE=OFF",
     )  # fmt: skip
-    run("cmake", "--build", folder, "-j", str(jobs), "--target", *TESTS, "ggml-cpu-haswell")
+    run("cmake", "--build", folder, "-j", str(jobs), "--target", *TESTS)
     return folder / "bin"
 
 

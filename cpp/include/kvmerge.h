@@ -188,6 +188,11 @@ KVMERGE_API int32_t kvmerge_api_version(void);
 // Reason for the last error of this thread, in words; an empty string when there was none.
 KVMERGE_API const char * kvmerge_error_message(void);
 
+// Pass on only those messages of llama.cpp's log that have this level (enum ggml_log_level) or a higher one, to whatever
+// llama_log_set() was last called with. Messages below it then cost nothing, and no callback runs in the middle of
+// llama_decode(). For the whole process; not while another thread logs.
+KVMERGE_API void kvmerge_log_from(int32_t level);
+
 // The default policy: FlowMM with bias = COUNT.
 KVMERGE_API struct kvmerge_params kvmerge_params_default(void);
 
@@ -256,6 +261,10 @@ KVMERGE_API int32_t kvmerge_get_flow(
         float                       * text_to_media,
         float                       * media_to_text,
         int32_t                       capacity);
+
+// Whether what a merge did to each cell is kept for kvmerge_get_plan(), which takes about 33 bytes a cell, layer and KV
+// head. It is unless told otherwise. With false what is kept now goes.
+KVMERGE_API void kvmerge_keep_plans(struct kvmerge_engine * engine, bool keep);
 
 // What the last merge did to each of the n cells it found, for one layer (index among the merged layers) and KV head.
 // Each array holds `capacity` entries and may be NULL; with all of them NULL only n is returned:

@@ -169,12 +169,16 @@ int32_t kvmerge_get_flow(const struct kvmerge_engine * engine, float * rho, floa
     });
 }
 
+void kvmerge_keep_plans(struct kvmerge_engine * engine, bool keep) {
+    engine->keep_plans(keep);
+}
+
 int32_t kvmerge_get_plan(
         const struct kvmerge_engine * engine, int32_t layer, int32_t head,
         int32_t * order, uint8_t * modality, int32_t * segment, uint8_t * fate, int32_t * target, float * score, int32_t capacity) {
     return guarded([&]() -> int32_t {
         if (engine->plans.empty()) {
-            return kvmerge_error(KVMERGE_ERROR_STATE, "nothing was merged yet");
+            return kvmerge_error(KVMERGE_ERROR_STATE, "nothing was merged yet, or what a merge did to each cell is not kept (kvmerge_keep_plans)");
         }
         if (const int32_t status = check_layer(engine, layer)) {
             return status;

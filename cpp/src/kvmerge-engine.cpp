@@ -303,6 +303,15 @@ bool kvmerge_engine::init_bias(uint32_t n_cells) {
     return alloc_beside_keys(layers, make_bias, bufs_bias);
 }
 
+void kvmerge_engine::keep_plans(bool keep) {
+    keeps_plans = keep;
+
+    if (!keep) {
+        plans.clear();
+        plans.shrink_to_fit();
+    }
+}
+
 kvmerge_status kvmerge_engine::set_params(const kvmerge_params & params_new) {
     if (const auto status = check_params(params_new)) {
         return status;
@@ -855,6 +864,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         }
         stats.bytes_after += n_held*bytes_per_cell(layers[l]);
     }
+    if (!keeps_plans) {
+        keep_plans(false);
+    }
+
     stats.t_score_us     = t_score - t_start;
     stats.t_match_us     = t_match - t_score;
     stats.t_fold_us      = t_end   - t_match;

@@ -120,6 +120,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool  has_bias    = false;  // some cell has a bias: the graphs add it
     int   version     = 0;      // goes up whenever graphs built before no longer fit
 
+    void keep_plans(bool keep);
+
     // figures of the last merge
     kvmerge_stats                          stats = {};
     std::vector<kvmerge_flow>              flows; // [layer]
@@ -216,6 +218,7 @@ private:
         bool is_tight   = false; // the merge that runs makes room
     } room;
 
+    bool     keeps_plans  = true;
     uint32_t n_wanted     = 0;     // tokens that found no slot
     bool     has_own_bufs = false; // every layer of the cache has a buffer of its own
 

@@ -110,6 +110,11 @@ def check() -> None:
         )
 
 
+def log_from(level: int) -> None:
+    """Let llama.cpp's log pass on messages of this level and above only."""
+    _native()[1].kvmerge_log_from(level)
+
+
 @contextmanager
 def small_beginning(cells: int) -> Iterator[None]:
     """Let the context that is made inside begin with a cache of few cells, which then grows.
@@ -317,6 +322,10 @@ class Engine:
             )
         )
         return Flow(rho, text_to_media, media_to_text)
+
+    def keep_plans(self, keep: bool) -> None:
+        """Say whether what merges do to each cell is kept for `plan`."""
+        self._library.kvmerge_keep_plans(self._engine, keep)
 
     def plan(self, layer: int, head: int) -> Plan:
         """Return what the last merge did, for one merged layer and KV head."""

@@ -33,7 +33,7 @@ from .errors import (
     did_you_mean,
 )
 from .gguf_file import check_gguf
-from .native_log import caught
+from .native_log import caught, set_verbose
 from .policies import Policy, resolve
 from .prompt import MediaSpan, Prompt
 from .stats import KVStats, LayerFlow, MergeRecord
@@ -68,7 +68,7 @@ _STOCK_OPTIONS = frozenset(inspect.signature(StockLlama.__init__).parameters) - 
 _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
-    | {"kv_max_cells", "keep_last_images", "image_min_tokens", "image_max_tokens"}
+    | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _MIB = 1024 * 1024
@@ -142,6 +142,9 @@ class Llama(StockLlama):
     keep_last_images : int
         Pictures, the last ones, that merges leave as they are.  Their cells come on top of a
         fraction in `kv_budget`, which then is of the other tokens.
+    kv_trace : bool
+        Keep what the last merge did to every token, for `kvmerge.report`; takes about an eighth of
+        the memory of the full cache.
     image_min_tokens, image_max_tokens : int, optional
         Bounds on the tokens of a picture, for models whose pictures vary in size.
     **options
@@ -175,6 +178,7 @@ class Llama(StockLlama):
         merge_before: int = 0,
         kv_max_cells: int | str | None = None,
         keep_last_images: int = 0,
+        kv_trace: bool = False,
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
         **options: Any,
@@ -188,6 +192,7 @@ class Llama(StockLlama):
         self._merge_before = _whole_number("merge_before", merge_before, 0)
         self._cap = None if kv_max_cells is None else Cap(kv_max_cells)
         self._whole = _whole_number("keep_last_images", keep_last_images, 0)
+        self._trace = kv_trace
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._check_combination(mmproj, options)
 
@@ -213,6 +218,7 @@ class Llama(StockLlama):
             if self._policy is not None and self._is_merging:
                 self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
                 self._limit_cells(self._engine)
+                self._engine.keep_plans(kv_trace)
         except BaseException:
             self.close()
             raise
@@ -233,6 +239,7 @@ class Llama(StockLlama):
 
     def _load(self, path: Path, options: dict[str, Any]) -> None:
         # With merging the cache begins with room for one batch, and grows with what is read.
+        set_verbose(bool(options.get("verbose", True)))
         first = max(options.get("n_ubatch", _N_UBATCH), 256) if self._is_merging else 0
         with caught() as errors, small_beginning(first):
             try:
@@ -364,6 +371,7 @@ class Llama(StockLlama):
             "merge_before": self._merge_before,
             "kv_max_cells": None if self._cap is None else self._cap.limit,
             "keep_last_images": self._whole,
+            "kv_trace": self._trace,
             "image_min_tokens": self._image_tokens[0],
             "image_max_tokens": self._image_tokens[1],
         }
@@ -868,6 +876,11 @@ class Llama(StockLlama):
     def policy(self) -> Policy | None:
         """How the cache is merged; None when merging is off."""
         return self._policy
+
+    @property
+    def kv_trace(self) -> bool:
+        """Whether what the last merge did to every token is kept."""
+        return self._trace
 
     @property
     def media_spans(self) -> tuple[MediaSpan, ...]:

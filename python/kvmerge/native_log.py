@@ -10,7 +10,9 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-INFO, ERROR, _CONTINUED = 2, 4, 5
+from ._binding import log_from
+
+_DEBUG, INFO, ERROR, _CONTINUED = 1, 2, 4, 5
 """Levels of ``enum ggml_log_level``."""
 
 _PREFIX = re.compile(r"^(?:[A-Za-z_]\w*(?:::\w+)?:\s+)+")
@@ -40,6 +42,24 @@ class NativeLog(list[str]):
 
 
 _open: list[NativeLog] = []
+_usual = ERROR
+"""Level from which on messages are wanted while nothing is collected."""
+
+
+def set_verbose(verbose: bool) -> None:
+    """Say whether everything is to be logged, or errors only.
+
+    What is not wanted is dropped before it reaches Python: a callback costs time, and an interrupt
+    (Ctrl-C) that arrives inside one is lost.
+    """
+    global _usual
+    _usual = _DEBUG if verbose else ERROR
+    _filter()
+
+
+def _filter() -> None:
+    _install()
+    log_from(min([_usual, *(log.lowest for log in _open)]))
 
 
 @lru_cache(maxsize=1)
@@ -81,10 +101,11 @@ def caught(lowest: int = ERROR, *, quiet: bool = False) -> Iterator[NativeLog]:
     quiet : bool
         Whether the usual log gets nothing of what is logged inside.
     """
-    _install()
     log = NativeLog(lowest, quiet)
     _open.append(log)
+    _filter()
     try:
         yield log
     finally:
         _open[:] = [other for other in _open if other is not log]
+        _filter()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._binding import FATES, MODALITIES
-from .errors import OptionError
+from .errors import OptionError, StateError
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -36,16 +36,26 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
     Parameters
     ----------
     llm : Llama
-        A model that has merged once, so that each cell it found was one token.
+        A model with ``kv_trace=True`` that has merged once, so that each cell it found was one
+        token.
 
     Returns
     -------
     dict or None
         None when nothing was merged.
+
+    Raises
+    ------
+    StateError
+        If the model does not keep what merges do.
     """
     engine, stats = llm.engine, llm.kv_stats()
     if engine is None or llm.policy is None or not stats.merges:
         return None
+    if not llm.kv_trace:
+        raise StateError(
+            "what the merge did to every token was not kept: make Llama(kv_trace=True)"
+        )
     spans = [span for span in llm.media_spans if span.modality == "image"]
     layers = []
     for index, flow in enumerate(stats.flow):

@@ -241,6 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
             model,
             mmproj=mmproj,
             kv_merge=policy,
+            kv_trace=True,
             kv_budget=budget,
             n_ctx=arguments.n_ctx or _sized(n_pictures, own_model),
             n_threads=arguments.threads,
