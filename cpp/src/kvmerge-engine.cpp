@@ -9,6 +9,7 @@
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
 #include "kvmerge-pool.h"
+#include "kvmerge-runs.h"
 #include "kvmerge-score.h"
 #include "kvmerge-select.h"
 #include "kvmerge-weigh.h"
