@@ -69,7 +69,7 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
         { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_ENTROPY },
         { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
-        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
+        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_FLOW_REVERSED },
         { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_SCORE       },
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
         { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },

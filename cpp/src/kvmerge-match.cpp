@@ -51,8 +51,10 @@ bool kvmerge_match_layer(
         std::vector<kvmerge_plan>   & plans) {
     int32_t match = engine.params.match;
 
-    if (match == KVMERGE_MATCH_FLOW) {
-        match = flow.rho >= engine.params.theta ? KVMERGE_MATCH_ANY : KVMERGE_MATCH_MODALITY;
+    if (match == KVMERGE_MATCH_FLOW || match == KVMERGE_MATCH_FLOW_REVERSED) {
+        const bool crosses = flow.rho >= engine.params.theta;
+
+        match = crosses == (match == KVMERGE_MATCH_FLOW) ? KVMERGE_MATCH_ANY : KVMERGE_MATCH_MODALITY;
     }
 
     const bool fuse = kvmerge_can_fuse_nearest(layer.k);
