@@ -648,6 +648,8 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = { seq_id, n_cells, KVMERGE_OK };
 
+    lctx->sched_reserve(); // when nothing was decoded since the engine was attached, the cells being restored ones
+
     const size_t size_before = compute_size(lctx);
 
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
