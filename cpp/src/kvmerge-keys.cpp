@@ -1,5 +1,9 @@
 #include "kvmerge-keys.h"
 
+#include "kvmerge-sums.h"
+
+#include <cmath>
+
 ggml_tensor * kvmerge_build_keys(
               kvmerge_graph         & graph,
         const kvmerge_layer         & layer,
@@ -29,10 +33,13 @@ void kvmerge_build_similarity(
               std::function<void(const float *)> read) {
     ggml_context * ctx = graph.ctx();
 
-    ggml_tensor * unit_a = ggml_l2_norm(ctx, kvmerge_build_keys(graph, layer, head, cells, a), 1e-12f);
-    ggml_tensor * unit_b = ggml_l2_norm(ctx, kvmerge_build_keys(graph, layer, head, cells, b), 1e-12f);
+    ggml_tensor * k_a = kvmerge_build_keys(graph, layer, head, cells, a);
+    ggml_tensor * k_b = kvmerge_build_keys(graph, layer, head, cells, b);
 
-    ggml_tensor * cosine = ggml_sum_rows(ctx, ggml_mul(ctx, unit_a, unit_b));            // [1, n]
+    const auto dot = [&](ggml_tensor * x, ggml_tensor * y) { return kvmerge_build_sum_values(graph, ggml_mul(ctx, x, y)); };
+
+    ggml_tensor * norms  = ggml_sqrt(ctx, ggml_clamp(ctx, ggml_mul(ctx, dot(k_a, k_a), dot(k_b, k_b)), 1e-24f, INFINITY));
+    ggml_tensor * cosine = ggml_div(ctx, dot(k_a, k_b), norms);                          // [n]
 
     graph.output(cosine, [read](const std::vector<uint8_t> & bytes) {
         read(reinterpret_cast<const float *>(bytes.data()));

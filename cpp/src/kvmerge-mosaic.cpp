@@ -92,7 +92,7 @@ static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks,
     for (const auto & block : blocks) {
         all.insert(all.end(), block.member.begin(), block.member.end());
     }
-    std::stable_sort(all.begin(), all.end(), [&](int32_t a, int32_t b) { return plan.score[a] > plan.score[b]; });
+    kvmerge_select_best(plan, all, n);
 
     for (int32_t i = 0; i < std::min<int32_t>(n, all.size()); ++i) {
         plan.fate[all[i]] = KVMERGE_PROTECTED;

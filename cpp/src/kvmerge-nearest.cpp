@@ -17,9 +17,6 @@
 
 #if defined(KVMERGE_VECTORS)
 
-// keys that share the loads of a tile of pivots
-static constexpr int N_ROWS = 6;
-
 typedef float   vec_f4  __attribute__((vector_size(16)));
 typedef int32_t vec_i4  __attribute__((vector_size(16)));
 typedef float   vec_f8  __attribute__((vector_size(32)));
@@ -28,8 +25,9 @@ typedef float   vec_f16 __attribute__((vector_size(64)));
 typedef int32_t vec_i16 __attribute__((vector_size(64)));
 
 // The pivots are transposed into tiles of N_VECS vectors, value by value, so that every lane of a vector belongs to
-// another pivot: its products add up in place, and so does its maximum.
-template <typename vec_f, typename vec_i, int N_VECS>
+// another pivot: its products add up in place, and so does its maximum. N_ROWS keys share the loads of a tile; their
+// products with it are what fills the registers.
+template <typename vec_f, typename vec_i, int N_ROWS, int N_VECS>
 __attribute__((always_inline))
 static inline void nearest(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
     constexpr int64_t N_LANES = sizeof(vec_f)/sizeof(float);
@@ -107,18 +105,18 @@ static inline void nearest(const ggml_tensor * pivots, const ggml_tensor * keys,
 }
 
 static void nearest_plain(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f4, vec_i4, 2>(pivots, keys, dst, first, last);
+    nearest<vec_f4, vec_i4, 6, 2>(pivots, keys, dst, first, last);
 }
 
 #if defined(KVMERGE_VECTORS_X86)
 __attribute__((target("avx2,fma")))
 static void nearest_avx2(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f8, vec_i8, 2>(pivots, keys, dst, first, last);
+    nearest<vec_f8, vec_i8, 6, 2>(pivots, keys, dst, first, last);
 }
 
 __attribute__((target("avx512f")))
 static void nearest_avx512(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f16, vec_i16, 4>(pivots, keys, dst, first, last);
+    nearest<vec_f16, vec_i16, 8, 3>(pivots, keys, dst, first, last);
 }
 #endif
 

@@ -73,9 +73,10 @@ bool kvmerge_runs_layer(
         const int32_t n_free = n_cells - kvmerge_select_forced(plan, n_cells, engine.params);
 
         // heavy hitters are exempt: half of the cells
-        const auto ranking = kvmerge_select_ranking(plan);
-        for (int32_t i = 0; i < std::min<int32_t>(n_free/2, ranking.size()); ++i) {
-            plan.fate[ranking[i]] = KVMERGE_PROTECTED;
+        auto free = kvmerge_select_free(plan);
+        kvmerge_select_best(plan, free, n_free/2);
+        for (int32_t i = 0; i < std::min<int32_t>(n_free/2, free.size()); ++i) {
+            plan.fate[free[i]] = KVMERGE_PROTECTED;
         }
 
         const int32_t n_groups = n_free - n_free/2;
