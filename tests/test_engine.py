@@ -308,6 +308,21 @@ def test_saved_states_answer_the_same(model: Path, name: str, cache_type: str) -
         assert (logits[0] == logits[1]).all()
 
 
+def test_a_restored_state_merges_before_anything_is_decoded(tmp_path: Path) -> None:
+    """With a bias the graphs of a model with many heads are larger than what it reserved alone."""
+    shape = Shape(layers=16, heads=16, heads_kv=16, head_size=8, ffn=32, vocab=64)
+    model = write_random_model(tmp_path / "heads.gguf", shape)
+    with Session(model, merge={}) as first, Session(model, merge={}) as second:
+        first.decode(list(range(60)))
+        size = llama_cpp.llama_state_seq_get_size(first.context, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(first.context, buffer, size, 0) == size
+        assert llama_cpp.llama_state_seq_set_data(second.context, buffer, size, 0) == size
+        second.engine.merge(30)
+        assert second.engine.n_cells() == 30
+        assert np.isfinite(second.decode([1], position=60)).all()
+
+
 def test_a_state_of_plain_cells_is_refused(model: Path) -> None:
     with Session(model) as plain, Session(model, merge={}) as merged:
         plain.decode(list(range(50)))

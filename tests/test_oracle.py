@@ -36,6 +36,8 @@ POLICIES |= {
     "flowmm-within": FlowMM(theta=1.0),
     "flowmm-keep-mass": FlowMM(keys="keep", bias="mass"),
     "flowmm-count": FlowMM(bias="count"),
+    "flowmm-reversed-across": Policy(match="flow-reversed", theta=1.0),
+    "flowmm-reversed-within": Policy(match="flow-reversed", theta=0.0),
     "look-m-mean": LookM(fold="mean"),
     "look-m-weighted": LookM(fold="weighted"),
     "mosaic-keep": Mosaic(keep=5, text=0.2),
@@ -232,10 +234,11 @@ def check_layer(
         else:
             expected_kept, open_ = oracle.select(score, modality, budget, p)
             assert kept.tolist() == expected_kept.tolist()
-            across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
+            across = {"any": True, "flow": rho >= policy.theta, "flow-reversed": rho < policy.theta}
             if policy.match == "none":
                 open_ = open_[:0]
-            expected_target, margin = oracle.match(key, kept, open_, None if across else modality)
+            groups = None if across.get(policy.match, False) else modality
+            expected_target, margin = oracle.match(key, kept, open_, groups)
             similarity = oracle.cosine(key, expected_target)
             expected_target = oracle.limit(expected_target, kept, similarity, p)
             differs = target != expected_target

@@ -86,8 +86,8 @@ def test_a_prompt_of_many_times_the_cap(model: Path, name: str, share: float) ->
             assert session.engine.n_cells() <= cap
         assert session.engine.n_tokens() == 4096
         assert session.engine.stats().n_merges > 3
-        for logits in session.generate(logits, 300):
-            assert np.isfinite(logits).all()
+        for after in session.generate(logits, 300):
+            assert np.isfinite(after).all()
         assert session.engine.size() <= cap
         assert session.engine.n_tokens() == 4396
         if name in ("look-m", "flowmm"):

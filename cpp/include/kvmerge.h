@@ -96,11 +96,12 @@ enum kvmerge_select {
 
 // match: into which pivots an evicted token may fold
 enum kvmerge_match {
-    KVMERGE_MATCH_NONE     = 0, // none: evicted tokens are dropped
-    KVMERGE_MATCH_ANY      = 1, // any unprotected pivot
-    KVMERGE_MATCH_MODALITY = 2, // an unprotected pivot of the same modality
-    KVMERGE_MATCH_FLOW     = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
-    KVMERGE_MATCH_SEGMENT  = 4, // an unprotected pivot of the same segment: one picture never folds into another
+    KVMERGE_MATCH_NONE          = 0, // none: evicted tokens are dropped
+    KVMERGE_MATCH_ANY           = 1, // any unprotected pivot
+    KVMERGE_MATCH_MODALITY      = 2, // an unprotected pivot of the same modality
+    KVMERGE_MATCH_FLOW          = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
+    KVMERGE_MATCH_SEGMENT       = 4, // an unprotected pivot of the same segment: one picture never folds into another
+    KVMERGE_MATCH_FLOW_REVERSED = 5, // the opposite of FLOW in every layer: shows what the flow is worth
 };
 
 // fold: the weights in the mean of a group

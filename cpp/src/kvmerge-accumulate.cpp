@@ -2,6 +2,7 @@
 
 #include "kvmerge-attn.h"
 #include "kvmerge-engine.h"
+#include "kvmerge-sums.h"
 
 #include <algorithm>
 
@@ -51,8 +52,7 @@ void kvmerge_build_accumulate(
         }
 
         kq = ggml_reshape_3d(ctx, kq, n_kv, n_rows*n_group, layer.n_head_kv);
-        kq = ggml_cont(ctx, ggml_permute(ctx, kq, 1, 0, 2, 3));                          // [n_rows*n_group, n_kv, n_head_kv]
-        kq = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, kq), n_kv, layer.n_head_kv);        // [n_kv, n_head_kv]
+        kq = ggml_reshape_2d(ctx, kvmerge_build_sum_rows(ctx, kq), n_kv, layer.n_head_kv); // [n_kv, n_head_kv]
 
         ggml_tensor * sum = ggml_view_2d(ctx, layer.sum, n_kv, layer.n_head_kv, layer.sum->nb[1], 0);
 

@@ -8,8 +8,10 @@
 #include "kvmerge-guard.h"
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
+#include "kvmerge-parallel.h"
 #include "kvmerge-pool.h"
 #include "kvmerge-room.h"
+#include "kvmerge-runs.h"
 #include "kvmerge-score.h"
 #include "kvmerge-select.h"
 #include "kvmerge-weigh.h"
@@ -70,7 +72,7 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
         { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_ENTROPY },
         { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
-        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
+        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_FLOW_REVERSED },
         { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_SCORE       },
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
         { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },
@@ -536,7 +538,7 @@ uint32_t kvmerge_engine::n_nodes(uint32_t n_tokens) const {
         res += 16 + 24*layer.n_head_kv; // observing, and one attention per KV head
 
         if (layer.sum) {
-            res += 24*(1 + n_tokens/KVMERGE_SUM_ROWS);
+            res += 64*(1 + n_tokens/KVMERGE_SUM_ROWS);
         }
     }
 
@@ -678,6 +680,8 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = { seq_id, n_cells, KVMERGE_OK };
 
+    lctx->sched_reserve(); // when nothing was decoded since the engine was attached, the cells being restored ones
+
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
     lctx->memory_update(true);
 
@@ -770,6 +774,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 ||
         params.fold == KVMERGE_FOLD_WEIGHTED || params.fold == KVMERGE_FOLD_EXP || params.fold == KVMERGE_FOLD_GAUSSIAN;
 
+    const int n_threads = lctx->get_cparams().n_threads_batch;
+
     // select and match
     for (size_t l = 0; l < layers.size(); ++l) {
         auto & layer_plans = plans_new[l];
@@ -780,9 +786,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         } else if (params.select == KVMERGE_SELECT_RUNS) {
             ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
         } else {
-            for (auto & plan : layer_plans) {
-                kvmerge_select(plan, budgets[l], params);
-            }
+            kvmerge_parallel(n_threads, layer_plans.size(), [&](int h) { kvmerge_select(layer_plans[h], budgets[l], params); });
             ok = kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, layer_plans);
         }
 
@@ -795,7 +799,9 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
         }
 
-        for (auto & plan : layer_plans) {
+        kvmerge_parallel(n_threads, layer_plans.size(), [&](int h) {
+            auto & plan = layer_plans[h];
+
             if (params.match == KVMERGE_MATCH_NONE) {
                 kvmerge_unfold(plan); // the control of a selection that groups
             }
@@ -805,15 +811,15 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             kvmerge_select_finish (plan);
             kvmerge_weigh         (plan, params);
             kvmerge_fit_bias      (plan, params);
-
-            n_after = std::max(n_after, plan.kept.size());
-        }
+        });
 
         if (params.guard && !kvmerge_guard_layer(graph, *this, layers[l], cells, layer_plans, n_guarded)) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to compare outputs in layer %d", layers[l].il);
         }
 
         for (auto & plan : layer_plans) {
+            n_after = std::max(n_after, plan.kept.size());
+
             plan.logits.clear();
             plan.logits.shrink_to_fit();
         }

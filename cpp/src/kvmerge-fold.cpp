@@ -1,113 +1,20 @@
 #include "kvmerge-fold.h"
 
+#include "kvmerge-groups.h"
+#include "kvmerge-sums.h"
+
+#include "ggml-backend.h"
+
 #include <algorithm>
 
-// The sum over a group is a tree: its members stand side by side, padded to a power of two, and each level adds
-// neighbours. Groups that need more levels come first, so that at every level the finished ones are the tail.
-// Only get_rows, mul, add and set_rows are needed, which every backend has.
-
-namespace {
-
-struct fold_group {
-    int32_t              cell;   // index of the destination among the sequence's cells
-    std::vector<int32_t> member; // indices among the sequence's cells
-    std::vector<float>   weight;
-    int                  level = 0;
-};
-
-struct fold_rows {
-    std::vector<int32_t>              index;  // [n_rows] index among the sequence's cells
-    std::vector<float>                weight; // [n_rows]
-    std::vector<std::vector<int32_t>> done;   // [level] destinations of the groups that are complete there
-};
-
-} // namespace
-
-static std::vector<fold_group> make_groups(const kvmerge_plan & plan, int32_t n_cells, bool move) {
-    // a layer that keeps fewer cells than the others keeps them at the end
-    const int32_t offset = n_cells - plan.kept.size();
-
-    std::vector<int32_t> group_of(plan.cells.size(), -1);
-
-    std::vector<fold_group> groups(plan.kept.size());
-    for (size_t c = 0; c < plan.kept.size(); ++c) {
-        groups[c].cell = offset + c;
-        group_of[plan.kept[c]] = c;
-    }
-
-    for (size_t i = 0; i < plan.cells.size(); ++i) {
-        const bool is_pivot = plan.target[i] == (int32_t) i;
-
-        if (plan.target[i] >= 0 && (move || is_pivot)) {
-            auto & group = groups[group_of[plan.target[i]]];
-
-            group.member.push_back(i);
-            group.weight.push_back(move ? plan.weight[i] : 1.0f);
-        }
-    }
-
-    for (auto & group : groups) {
-        while ((1u << group.level) < group.member.size()) {
-            group.level++;
-        }
-    }
-
-    return groups;
-}
-
-static fold_rows make_rows(std::vector<fold_group> groups) {
-    std::stable_sort(groups.begin(), groups.end(), [](const fold_group & a, const fold_group & b) { return a.level > b.level; });
-
-    fold_rows rows;
-    rows.done.resize(groups.empty() ? 1 : groups.front().level + 1);
-
-    for (const auto & group : groups) {
-        rows.done[group.level].push_back(group.cell);
-
-        for (size_t i = 0; i < (1u << group.level); ++i) {
-            const bool is_padding = i >= group.member.size();
-
-            rows.index .push_back(is_padding ? group.member[0] : group.member[i]);
-            rows.weight.push_back(is_padding ? 0.0f            : group.weight[i]);
-        }
-    }
-
-    return rows;
-}
-
-// sums[level]: [d, number of groups complete at that level], in the order of rows.done[level]
-static std::vector<ggml_tensor *> build_sums(kvmerge_graph & graph, ggml_tensor * x, const fold_rows & rows) {
-    ggml_context * ctx = graph.ctx();
-
-    std::vector<ggml_tensor *> sums;
-
-    for (size_t level = 0; level < rows.done.size(); ++level) {
-        const int64_t n_done = rows.done[level].size();
-        const int64_t n_rest = x->ne[1] - n_done;
-
-        sums.push_back(n_done > 0 ? ggml_view_2d(ctx, x, x->ne[0], n_done, x->nb[1], n_rest*x->nb[1]) : nullptr);
-
-        if (n_rest > 0) {
-            ggml_tensor * even = ggml_view_2d(ctx, x, x->ne[0], n_rest/2, 2*x->nb[1], 0);
-            ggml_tensor * odd  = ggml_view_2d(ctx, x, x->ne[0], n_rest/2, 2*x->nb[1], x->nb[1]);
-
-            x = ggml_add(ctx, even, odd);                                                // [d, n_rest/2]
-        }
-    }
-
-    return sums;
-}
-
+// one KV head of K or V
 static void build_fold(
-        kvmerge_graph & graph, ggml_tensor * cache, int64_t d, int32_t head, bool trans,
-        const std::vector<uint32_t> & cells, const fold_rows & rows) {
+        kvmerge_graph & graph, ggml_tensor * cache, int64_t d, int32_t head, bool trans, const std::vector<uint32_t> & cells,
+        const kvmerge_plan & plan, const kvmerge_groups & groups, bool move, int32_t n_cells) {
     ggml_context * ctx = graph.ctx();
 
     const int64_t kv_size = cache->ne[1];
     const int64_t n_heads = cache->ne[0]/d; // of a cell; some may be padding
-    const int64_t n_rows  = rows.index.size();
-
-    std::vector<int32_t> index(n_rows);
 
     ggml_tensor * flat;
     if (trans) {
@@ -118,54 +25,59 @@ static void build_fold(
 
         flat = ggml_view_2d(ctx, cache, n_used, d, kv_size*type_size, head*d*kv_size*type_size);
         flat = ggml_cont(ctx, ggml_transpose(ctx, flat));                                // [d, n_used]
-
-        for (int64_t i = 0; i < n_rows; ++i) {
-            index[i] = cells[rows.index[i]];
-        }
     } else {
         flat = ggml_reshape_2d(ctx, cache, d, kv_size*n_heads);                          // [d, n_heads*kv_size]
+    }
 
-        for (int64_t i = 0; i < n_rows; ++i) {
-            index[i] = (int32_t) (cells[rows.index[i]]*n_heads + head);
+    const auto row = [&](uint32_t idx) { return trans ? (int32_t) idx : (int32_t) (idx*n_heads + head); };
+
+    kvmerge_groups_of_rows rows;
+
+    if (move) {
+        rows.first = groups.first;
+        for (int32_t i : groups.index) {
+            rows.row   .push_back(row(cells[i]));
+            rows.weight.push_back(plan.weight[i]);
+        }
+    } else {
+        rows.first.push_back(0);
+        for (int32_t i : plan.kept) {
+            rows.row   .push_back(row(cells[i]));
+            rows.weight.push_back(1.0f);
+            rows.first .push_back(rows.row.size());
         }
     }
 
-    ggml_tensor * x = ggml_get_rows(ctx, flat, graph.input(GGML_TYPE_I32, { n_rows }, index.data()));
-    x = ggml_mul(ctx, x, graph.input(GGML_TYPE_F32, { 1, n_rows }, rows.weight.data())); // F32 [d, n_rows]
-
-    const auto sums = build_sums(graph, x, rows);
+    const auto sums = kvmerge_build_sum_groups(graph, flat, rows, ggml_backend_buffer_is_host(cache->buffer));
 
     // all sums before the first store
-    for (ggml_tensor * sum : sums) {
-        if (sum) {
-            graph.store(sum);
-        }
+    for (const auto & cur : sums) {
+        graph.store(cur.sum);
     }
 
-    for (size_t level = 0; level < sums.size(); ++level) {
-        if (!sums[level]) {
-            continue;
-        }
+    // a layer that keeps fewer cells than the others keeps them at the end
+    const int32_t offset = n_cells - plan.kept.size();
 
+    for (const auto & cur : sums) {
         std::vector<int64_t> dst;
 
         if (trans) {
-            for (int32_t c : rows.done[level]) {
+            for (int32_t g : cur.group) {
                 for (int64_t e = 0; e < d; ++e) {
-                    dst.push_back((head*d + e)*kv_size + cells[c]);
+                    dst.push_back((head*d + e)*kv_size + cells[offset + g]);
                 }
             }
 
             ggml_tensor * values = ggml_reshape_2d(ctx, cache, 1, ggml_nelements(cache));
-            ggml_tensor * sum    = ggml_reshape_2d(ctx, sums[level], 1, dst.size());
+            ggml_tensor * sum    = ggml_reshape_2d(ctx, cur.sum, 1, dst.size());
 
             graph.store(ggml_set_rows(ctx, values, sum, graph.input(GGML_TYPE_I64, { (int64_t) dst.size() }, dst.data())));
         } else {
-            for (int32_t c : rows.done[level]) {
-                dst.push_back(cells[c]*n_heads + head);
+            for (int32_t g : cur.group) {
+                dst.push_back(row(cells[offset + g]));
             }
 
-            graph.store(ggml_set_rows(ctx, flat, sums[level], graph.input(GGML_TYPE_I64, { (int64_t) dst.size() }, dst.data())));
+            graph.store(ggml_set_rows(ctx, flat, cur.sum, graph.input(GGML_TYPE_I64, { (int64_t) dst.size() }, dst.data())));
         }
     }
 }
@@ -182,11 +94,10 @@ bool kvmerge_fold_layer(
             return false;
         }
 
-        const auto rows_k = make_rows(make_groups(plans[h], n_cells, engine.params.move_keys));
-        const auto rows_v = make_rows(make_groups(plans[h], n_cells, true));
+        const auto groups = kvmerge_make_groups(plans[h]);
 
-        build_fold(graph, layer.k, layer.n_embd_head_k, h, false,          cells, rows_k);
-        build_fold(graph, layer.v, layer.n_embd_head_v, h, engine.v_trans, cells, rows_v);
+        build_fold(graph, layer.k, layer.n_embd_head_k, h, false,          cells, plans[h], groups, engine.params.move_keys, n_cells);
+        build_fold(graph, layer.v, layer.n_embd_head_v, h, engine.v_trans, cells, plans[h], groups, true,                    n_cells);
     }
 
     return true;

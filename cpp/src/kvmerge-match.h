@@ -21,13 +21,3 @@ bool kvmerge_similarity_layer(
         const kvmerge_layer         & layer,
         const std::vector<uint32_t> & cells,
         std::vector<kvmerge_plan>   & plans);
-
-// KVMERGE_SELECT_RUNS: fills fate, kept and target by joining neighbours with similar keys (KVMerger). Half of the cells
-// go to the highest scores as they are. As above.
-bool kvmerge_runs_layer(
-              kvmerge_graph         & graph,
-        const kvmerge_engine        & engine,
-        const kvmerge_layer         & layer,
-        const std::vector<uint32_t> & cells,
-        std::vector<kvmerge_plan>   & plans,
-              int32_t                 n_cells);

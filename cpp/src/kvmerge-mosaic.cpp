@@ -1,5 +1,6 @@
 #include "kvmerge-mosaic.h"
 
+#include "kvmerge-keys.h"
 #include "kvmerge-select.h"
 
 #include <algorithm>
@@ -91,7 +92,7 @@ static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks,
     for (const auto & block : blocks) {
         all.insert(all.end(), block.member.begin(), block.member.end());
     }
-    std::stable_sort(all.begin(), all.end(), [&](int32_t a, int32_t b) { return plan.score[a] > plan.score[b]; });
+    kvmerge_select_best(plan, all, n);
 
     for (int32_t i = 0; i < std::min<int32_t>(n, all.size()); ++i) {
         plan.fate[all[i]] = KVMERGE_PROTECTED;
@@ -228,17 +229,9 @@ bool kvmerge_mosaic_layer(
                     return false;
                 }
 
-                std::vector<int32_t> rows;
-                for (int32_t i : block.member) {
-                    rows.push_back((int32_t) cells[i]*layer.n_head_kv + h);
-                }
+                ggml_tensor * k = kvmerge_build_keys(graph, layer, h, cells, block.member);
 
-                ggml_context * ctx = graph.ctx();
-
-                ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
-                k = ggml_get_rows(ctx, k, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
-
-                ggml_tensor * product = ggml_mul_mat(ctx, k, k);                         // [n, n]
+                ggml_tensor * product = ggml_mul_mat(graph.ctx(), k, k);                 // [n, n]
                 ggml_prec_set_acc(product, GGML_PREC_F32);
 
                 graph.output(product, [&plan, block](const std::vector<uint8_t> & bytes) {

@@ -1,5 +1,6 @@
 #include "kvmerge-score.h"
 
+#include "kvmerge-sums.h"
 #include "kvmerge-values.h"
 
 #include <algorithm>
@@ -131,8 +132,7 @@ static void build_importance(
     ggml_tensor * a = build_attention(graph, engine, layer, kq, slots, plans, head, n_heads);
 
     a = ggml_reshape_3d(ctx, a, n, a->ne[1]*a->ne[2], n_heads);                          // [n, rows*n_group, n_heads]
-    a = ggml_cont(ctx, ggml_permute(ctx, a, 1, 0, 2, 3));                                // [rows*n_group, n, n_heads]
-    a = ggml_sum_rows(ctx, a);                                                           // [1, n, n_heads]
+    a = kvmerge_build_sum_rows(ctx, a);                                                  // [n, 1, n_heads]
 
     graph.output(a, [&plans, n, head, n_heads](const std::vector<uint8_t> & bytes) {
         for (int32_t h = 0; h < n_heads; ++h) {
@@ -151,7 +151,7 @@ static void build_value_norm(
 
     ggml_tensor * v = kvmerge_build_values(graph, engine, layer, cells, head);
 
-    v = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v)));                            // [1, n]
+    v = ggml_sqrt(ctx, kvmerge_build_sum_values(graph, ggml_mul(ctx, v, v)));            // [n]
 
     graph.output(v, [&plan](const std::vector<uint8_t> & bytes) {
         const float * norm = reinterpret_cast<const float *>(bytes.data());
@@ -184,7 +184,8 @@ static void build_flow(
     }
 
     a = ggml_mul(ctx, a, graph.input(GGML_TYPE_F32, { n, n_rows, 1, n_heads }, crosses.data()));
-    a = ggml_sum_rows(ctx, a);                                                           // [1, rows, n_group, n_heads]
+    a = ggml_reshape_2d(ctx, a, n, n_rows*a->ne[2]*n_heads);
+    a = kvmerge_build_sum_values(graph, a);                                              // [rows*n_group*n_heads]
 
     // rows and tokens of each modality
     std::vector<double> n_sampled(kvmerge_observer::n_modalities);

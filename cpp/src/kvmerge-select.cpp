@@ -42,7 +42,7 @@ int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerg
     return n_forced;
 }
 
-std::vector<int32_t> kvmerge_select_ranking(const kvmerge_plan & plan) {
+std::vector<int32_t> kvmerge_select_free(const kvmerge_plan & plan) {
     std::vector<int32_t> res;
 
     for (size_t i = 0; i < plan.cells.size(); ++i) {
@@ -51,9 +51,13 @@ std::vector<int32_t> kvmerge_select_ranking(const kvmerge_plan & plan) {
         }
     }
 
-    std::stable_sort(res.begin(), res.end(), [&](int32_t a, int32_t b) { return plan.score[a] > plan.score[b]; });
-
     return res;
+}
+
+void kvmerge_select_best(const kvmerge_plan & plan, std::vector<int32_t> & cells, int32_t n) {
+    std::nth_element(cells.begin(), cells.begin() + std::min<size_t>(n, cells.size()), cells.end(), [&](int32_t a, int32_t b) {
+        return plan.score[a] > plan.score[b] || (plan.score[a] == plan.score[b] && a < b);
+    });
 }
 
 void kvmerge_select_finish(kvmerge_plan & plan) {
@@ -72,9 +76,10 @@ static void protect_sensitive(kvmerge_plan & plan, float tau) {
     for (int32_t i : plan.kept) {
         scores.push_back(plan.score[i]);
     }
-    std::sort(scores.begin(), scores.end());
 
     const int32_t rank = std::max(0, (int32_t) std::ceil(tau*scores.size()) - 1);
+
+    std::nth_element(scores.begin(), scores.begin() + rank, scores.end());
 
     for (int32_t i : plan.kept) {
         if (plan.score[i] > scores[rank]) {
@@ -83,53 +88,54 @@ static void protect_sensitive(kvmerge_plan & plan, float tau) {
     }
 }
 
-// cells for text and for media, by the attention that each gets (MadaKV's modality preference)
-static int32_t text_share(const kvmerge_plan & plan, const std::vector<int32_t> & ranking, int32_t n_free) {
-    double  weight_text = 0;
-    double  weight_all  = 0;
-    int32_t n_text      = 0;
+// cells for text, by the attention that it gets (MadaKV's modality preference)
+static int32_t text_share(const kvmerge_plan & plan, const std::vector<int32_t> & text, const std::vector<int32_t> & media, int32_t n_free) {
+    const auto weight = [&](const std::vector<int32_t> & cells) {
+        double sum = 0;
+        for (int32_t i : cells) {
+            sum += plan.score[i];
+        }
+        return sum;
+    };
 
-    for (int32_t i : ranking) {
-        const bool is_text = plan.cells[i].modality == KVMERGE_TEXT;
-
-        weight_all  += plan.score[i];
-        weight_text += is_text ? plan.score[i] : 0.0f;
-        n_text      += is_text;
-    }
-
-    const int32_t n_media = ranking.size() - n_text;
+    const double weight_text = weight(text);
+    const double weight_all  = weight(media) + weight_text;
 
     int32_t share = weight_all > 0 ? (int32_t) std::lround(n_free*weight_text/weight_all) : n_free;
 
     // neither part can use more than it has
-    share = std::max(share, n_free - n_media);
+    share = std::max<int32_t>(share, n_free - media.size());
 
-    return std::min(share, n_text);
+    return std::min<int32_t>(share, text.size());
 }
 
 void kvmerge_select(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params) {
     const int32_t n_forced = kvmerge_select_forced(plan, n_cells, params);
 
-    auto ranking = kvmerge_select_ranking(plan);
+    auto free = kvmerge_select_free(plan);
 
-    const int32_t n_free = std::min<int32_t>(n_cells - n_forced, ranking.size());
+    const int32_t n_free = std::min<int32_t>(n_cells - n_forced, free.size());
 
-    const auto is_text = [&](int32_t i) { return plan.cells[i].modality == KVMERGE_TEXT; };
+    const auto keep_best = [&](std::vector<int32_t> & cells, int32_t n) {
+        kvmerge_select_best(plan, cells, n);
 
-    if (params.select == KVMERGE_SELECT_TEXT) {
-        std::stable_partition(ranking.begin(), ranking.end(), is_text);
-    }
+        for (int32_t i = 0; i < n; ++i) {
+            plan.fate[cells[i]] = KVMERGE_KEPT;
+        }
+    };
 
-    if (params.select == KVMERGE_SELECT_MODALITY) {
-        // the best of each modality to the front
-        int32_t n_text  = text_share(plan, ranking, n_free);
-        int32_t n_media = n_free - n_text;
+    if (params.select == KVMERGE_SELECT_TOP) {
+        keep_best(free, n_free);
+    } else {
+        const auto first_media = std::stable_partition(free.begin(), free.end(), [&](int32_t i) { return plan.cells[i].modality == KVMERGE_TEXT; });
 
-        std::stable_partition(ranking.begin(), ranking.end(), [&](int32_t i) { return (is_text(i) ? n_text : n_media)-- > 0; });
-    }
+        std::vector<int32_t> text (free.begin(), first_media);
+        std::vector<int32_t> media(first_media, free.end());
 
-    for (int32_t i = 0; i < n_free; ++i) {
-        plan.fate[ranking[i]] = KVMERGE_KEPT;
+        const int32_t n_text = params.select == KVMERGE_SELECT_TEXT ? std::min<int32_t>(n_free, text.size()) : text_share(plan, text, media, n_free);
+
+        keep_best(text,  n_text);
+        keep_best(media, n_free - n_text);
     }
 
     kvmerge_select_finish(plan);

@@ -14,8 +14,11 @@ inline int32_t kvmerge_n_keep(const kvmerge_params & params) {
 // Sets fate; returns how many.
 int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
 
-// Indices of the cells that are neither forced nor empty, the highest score first; ties go to the earlier cell.
-std::vector<int32_t> kvmerge_select_ranking(const kvmerge_plan & plan);
+// Indices of the cells that are neither forced nor empty.
+std::vector<int32_t> kvmerge_select_free(const kvmerge_plan & plan);
+
+// Brings the n highest scores among `cells` to the front, in any order; ties go to the earlier cell.
+void kvmerge_select_best(const kvmerge_plan & plan, std::vector<int32_t> & cells, int32_t n);
 
 // Fills kept from fate.
 void kvmerge_select_finish(kvmerge_plan & plan);

@@ -1,5 +1,7 @@
 #include "kvmerge-weigh.h"
 
+#include "kvmerge-groups.h"
+
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -192,43 +194,88 @@ void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params) {
     }
 }
 
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t first, size_t step) {
-    const int32_t n = plan.cells.size();
+// log(sum of exp(logits of a group)) - logit of its new key, as the mean over the proxies
+static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, size_t first, size_t step) {
+    const size_t n         = plan.cells.size();
+    const size_t n_queries = plan.logits.size()/n;
 
+    // side by side, group by group
+    std::vector<float> logit, bias, weight;
+
+    for (int32_t i : groups.index) {
+        bias  .push_back(plan.cells[i].bias);
+        weight.push_back(plan.weight[i]);
+    }
+    logit.resize(groups.index.size());
+
+    std::vector<double> total(plan.kept.size());
+    std::vector<size_t> count(plan.kept.size());
+
+    for (size_t q = first; q < n_queries; q += step) {
+        const float * logits = plan.logits.data() + q*n;
+
+        for (size_t j = 0; j < groups.index.size(); ++j) {
+            logit[j] = logits[groups.index[j]];
+        }
+
+        for (size_t c = 0; c < plan.kept.size(); ++c) {
+            const int32_t j0 = groups.first[c];
+            const int32_t j1 = groups.first[c + 1];
+
+            if (j1 - j0 == 1) {
+                continue;
+            }
+
+            float max = -INFINITY;
+            for (int32_t j = j0; j < j1; ++j) {
+                max = std::max(max, logit[j] + bias[j]);
+            }
+            if (!std::isfinite(max)) {
+                continue;
+            }
+
+            // the logit of a moved key is the weighted mean of the logits, because it is linear in the key
+            float  sum = 0;
+            double own = move_keys ? 0 : logits[plan.kept[c]];
+            for (int32_t j = j0; j < j1; ++j) {
+                sum += std::exp(logit[j] + bias[j] - max);
+                own += move_keys ? (double) weight[j]*logit[j] : 0;
+            }
+
+            total[c] += max + std::log(sum) - own;
+            count[c]++;
+        }
+    }
+
+    for (size_t c = 0; c < plan.kept.size(); ++c) {
+        if (count[c] > 0) {
+            plan.bias[c] = std::min<double>(MAX_BIAS, std::max<double>(-MAX_BIAS, total[c]/count[c]));
+        }
+    }
+}
+
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t first, size_t step) {
     plan.bias.assign(plan.kept.size(), 0.0f);
 
     if (params.bias == KVMERGE_BIAS_NONE) {
         return;
     }
 
-    std::map<int32_t, std::vector<int32_t>> members;
-    for (int32_t i = 0; i < n; ++i) {
-        if (plan.target[i] >= 0) {
-            members[plan.target[i]].push_back(i);
-        }
-    }
-
-    const size_t n_queries = plan.logits.size()/n;
+    const auto groups = kvmerge_make_groups(plan);
 
     for (size_t c = 0; c < plan.kept.size(); ++c) {
-        const int32_t p    = plan.kept[c];
-        const auto &  list = members[p];
+        const int32_t p = plan.kept[c];
 
-        if (list.size() == 1) {
+        if (groups.first[c + 1] - groups.first[c] == 1) {
             plan.bias[c] = plan.cells[p].bias;
             continue;
         }
 
         double mass  = 0;
         double score = 0;
-        for (int32_t i : list) {
-            mass  += plan.cells[i].mass;
-            score += plan.score[i];
-        }
-
-        if (params.bias == KVMERGE_BIAS_COUNT) {
-            plan.bias[c] = std::log(mass);
-            continue;
+        for (int32_t j = groups.first[c]; j < groups.first[c + 1]; ++j) {
+            mass  += plan.cells[groups.index[j]].mass;
+            score += plan.score[groups.index[j]];
         }
 
         if (params.bias == KVMERGE_BIAS_MASS) {
@@ -236,38 +283,12 @@ void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t
             const double ratio = plan.score[p] > 0 ? score/plan.score[p] : mass;
 
             plan.bias[c] = plan.cells[p].bias + std::min(3.0, std::max(0.0, std::log(ratio)));
-            continue;
+        } else {
+            plan.bias[c] = std::log(mass); // also where nothing can be fitted
         }
+    }
 
-        // the logit of the new key is the weighted mean of the logits, because it is linear in the key
-        double total = 0;
-        size_t count = 0;
-
-        for (size_t q = first; q < n_queries; q += step) {
-            const float * logits = plan.logits.data() + q*n;
-
-            double max = -INFINITY;
-            double own = 0;
-            for (int32_t i : list) {
-                max  = std::max<double>(max, logits[i] + plan.cells[i].bias);
-                own += params.move_keys ? (double) plan.weight[i]*logits[i] : 0.0;
-            }
-            if (!params.move_keys) {
-                own = logits[p];
-            }
-            if (!std::isfinite(max)) {
-                continue;
-            }
-
-            double sum = 0;
-            for (int32_t i : list) {
-                sum += std::exp(logits[i] + plan.cells[i].bias - max);
-            }
-
-            total += max + std::log(sum) - own;
-            count++;
-        }
-
-        plan.bias[c] = count > 0 ? (float) std::min<double>(MAX_BIAS, std::max<double>(-MAX_BIAS, total/count)) : std::log(mass);
+    if (params.bias == KVMERGE_BIAS_FIT) {
+        fit_bias(plan, groups, params.move_keys, first, step);
     }
 }

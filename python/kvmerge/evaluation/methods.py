@@ -130,6 +130,10 @@ def _methods() -> Iterator[Method]:
         "flowmm",
         {
             "no-flow": ("folds into any kept token in every layer", {"match": "any"}),
+            "reversed-flow": (
+                "folds across modalities where little attention crosses them",
+                {"match": "flow-reversed"},
+            ),
             "no-sensitivity": ("important tokens take folds too", {"tau": 1.0}),
             "neither": ("no flow, no sensitivity", {"match": "any", "tau": 1.0}),
             "modality": ("never folds across modalities", {"match": "modality"}),

@@ -28,10 +28,11 @@ class Policy:
         Which tokens are kept: the highest scores; text before all else; each modality by the
         attention that it gets; partly by score and partly as groups that cover every picture; or
         runs of similar neighbours become one.
-    match : {"flow", "any", "modality", "segment", "none"}
+    match : {"flow", "any", "modality", "segment", "none", "flow-reversed"}
         Where a token that is not kept may be folded: into any kept one where much attention
         crosses modalities and else into one of its modality; into any; into one of its modality;
-        into one of its own picture or stretch of text; or nowhere.
+        into one of its own picture or stretch of text; or nowhere.  "flow-reversed" does in each
+        layer the opposite of "flow", to see what the flow is worth.
     fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}
         The weights in the mean of a group: equal; each member half and the kept token the rest;
         by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.

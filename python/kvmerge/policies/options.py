@@ -93,7 +93,11 @@ OPTIONS: dict[str, Word | Whole | Number | Flag] = {
     "score": Word("score", "proxy", {"proxy": 0, "position": 1, "all": 2}),
     "allocate": Word("allocate", "uniform", {"uniform": 0, "pyramid": 1, "cover": 2, "entropy": 3}),
     "select": Word("select", "top", {"top": 0, "text": 1, "modality": 2, "mosaic": 3, "runs": 4}),
-    "match": Word("match", "flow", {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4}),
+    "match": Word(
+        "match",
+        "flow",
+        {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4, "flow-reversed": 5},
+    ),
     "fold": Word(
         "fold", "mean", {"mean": 0, "pivot": 1, "weighted": 2, "exp": 3, "gaussian": 4, "score": 5}
     ),

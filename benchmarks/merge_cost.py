@@ -1,0 +1,158 @@
+"""What scoring, matching and folding cost against the time of reading the prompt.
+
+A 4096-token prompt of text is merged to a fifth by every preset. It is read with merging off and
+with an engine in turns, so that a busy machine slows both alike; what is in the cache is saved once
+a round, and every preset starts from it. Presets whose scores are the attention of all queries add
+to the reading itself: they are stated apart.
+
+    python benchmarks/merge_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import gguf
+
+from kvmerge.policies import PRESETS, FlowMM, Policy
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
+
+PROMPT, BATCH, BUDGET = 4096, 512, 0.2
+STEPS = ("score", "match", "fold")
+
+
+def policies() -> dict[str, Policy]:
+    """Return every preset once, and FlowMM to the letter."""
+    found: dict[str, Policy] = {}
+    for name, policy in PRESETS.items():
+        if policy is not None and policy not in found.values():
+            found[name] = policy
+    return found | {"flowmm-literal": FlowMM(bias="none")}
+
+
+class Prompt:
+    """A context that holds the prompt; ``read`` is the time that it took."""
+
+    def __init__(self, model: Path, policy: Policy | None, threads: int) -> None:
+        self.session = Session(
+            model, merge=policy.engine_params() if policy else None, n_ctx=PROMPT, n_batch=BATCH,
+            threads=threads,
+        )  # fmt: skip
+        tokens = np.random.default_rng(5).integers(0, self.session.n_vocab, PROMPT).tolist()
+        self.session.decode(tokens[:8])  # the first graph takes longer
+        self.session.remove(-1, -1)
+        self.session.position = 0
+        start = time.perf_counter()
+        for i in range(0, PROMPT, BATCH):
+            self.session.decode(tokens[i : i + BATCH])
+        self.read = time.perf_counter() - start
+
+    def __enter__(self) -> Prompt:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.session.__exit__(*error)
+
+    def save(self) -> ctypes.Array[ctypes.c_uint8]:
+        """Return what was read."""
+        size = llama_cpp.llama_state_seq_get_size(self.session.context, 0)
+        data = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(self.session.context, data, size, 0) == size
+        return data
+
+    def merge(self, policy: Policy, data: ctypes.Array[ctypes.c_uint8]) -> dict[str, float]:
+        """Merge what was read; return milliseconds by step."""
+        engine = self.session.engine
+        assert engine
+        llama_cpp.llama_memory_clear(self.session.memory, True)
+        read = llama_cpp.llama_state_seq_set_data(self.session.context, data, len(data), 0)
+        assert read == len(data)
+        engine.set_params(policy.engine_params())
+        engine.merge(round(PROMPT * BUDGET))
+        stats = engine.stats()
+        return {step: getattr(stats, f"t_{step}_us") / 1e3 for step in STEPS}
+
+
+def measure(
+    model: Path, chosen: dict[str, Policy], rounds: int, threads: int
+) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
+    """Return medians: reading with merging off, with each kind of score, and steps of presets."""
+    off: list[float] = []
+    reads: dict[str, list[float]] = defaultdict(list)
+    steps: dict[str, list[dict[str, float]]] = defaultdict(list)
+    scores = [("proxy", "position"), ("all",)]
+    for _ in range(rounds):
+        with Prompt(model, None, threads) as prompt:
+            off.append(prompt.read)
+        for kinds in scores:
+            group = {name: p for name, p in chosen.items() if p.score in kinds}
+            if not group:
+                continue
+            with Prompt(model, next(iter(group.values())), threads) as prompt:
+                reads[kinds[0]].append(prompt.read)
+                data = prompt.save()
+                for name, policy in group.items():
+                    steps[name].append(prompt.merge(policy, data))
+    return (
+        statistics.median(off),
+        {kind: statistics.median(values) for kind, values in reads.items()},
+        {
+            name: {step: statistics.median(one[step] for one in runs) for step in STEPS}
+            for name, runs in steps.items()
+        },
+    )
+
+
+def main() -> None:
+    """Print a table of presets."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("presets", nargs="*", help="some of the presets; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    known = policies()
+    for name in args.presets:
+        if name not in known:
+            parser.error(f"{name!r} is not one of {', '.join(known)}")
+    chosen = {name: p for name, p in known.items() if not args.presets or name in args.presets}
+
+    shape = Shape(layers=16, heads=16, heads_kv=16, head_size=64, ffn=4096, vocab=4096)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_random_model(
+            Path(folder) / "random-0.27b.gguf",
+            shape,
+            quantization=gguf.GGMLQuantizationType.Q8_0,
+        )
+        off, reads, steps = measure(model, chosen, args.rounds, args.threads)
+
+    print(f"0.27 B MHA, 16 layers x 16 heads of 64, Q8_0, {args.threads} threads, {PROMPT} tokens")
+    print(f"of text kept to {BUDGET:.0%}, median of {args.rounds} rounds\n")
+    print(f"Reading with merging off: {off * 1e3:.0f} ms\n")
+    for kind, read in reads.items():
+        what = "all queries" if kind == "all" else "the last queries"
+        print(f"Scored by {what}: reading {read * 1e3:.0f} ms ({read / off - 1:+.1%})\n")
+        print("| | score ms | match ms | fold ms | together | share of reading |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        for name, row in steps.items():
+            if (chosen[name].score == "all") == (kind == "all"):
+                total = sum(row.values())
+                parts = " | ".join(f"{row[step]:.0f}" for step in STEPS)
+                print(f"| `{name}` | {parts} | {total:.0f} | {total / off / 1e3:.1%} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
