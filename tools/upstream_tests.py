@@ -2,7 +2,8 @@
 
 With merging off nothing may have changed.  Builds three of llama.cpp's tests (of saved states and
 of all architectures, with models that they make themselves) and runs them, and then the tests of
-llama-cpp-python that need no download.  Needs what the package's tests need; takes some minutes.
+llama-cpp-python that need no download.  Needs what the package's tests need, scipy and
+huggingface_hub; takes some minutes.
 """
 
 from __future__ import annotations
