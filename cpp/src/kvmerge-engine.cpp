@@ -774,8 +774,6 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 ||
         params.fold == KVMERGE_FOLD_WEIGHTED || params.fold == KVMERGE_FOLD_EXP || params.fold == KVMERGE_FOLD_GAUSSIAN;
 
-    const int n_threads = lctx->get_cparams().n_threads_batch;
-
     // select and match
     for (size_t l = 0; l < layers.size(); ++l) {
         auto & layer_plans = plans_new[l];
@@ -786,8 +784,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         } else if (params.select == KVMERGE_SELECT_RUNS) {
             ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
         } else {
-            kvmerge_parallel(n_threads, layer_plans.size(), [&](int h) { kvmerge_select(layer_plans[h], budgets[l], params); });
-            ok = kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, layer_plans);
+            ok = kvmerge_parallel(graph, layer_plans.size(), [&](int h) { kvmerge_select(layer_plans[h], budgets[l], params); });
+            ok = ok && kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, layer_plans);
         }
 
         ok = ok && graph.run();
@@ -795,11 +793,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         if (ok && needs_similarity) {
             ok = kvmerge_similarity_layer(graph, layers[l], cells, layer_plans) && graph.run();
         }
-        if (!ok) {
-            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
-        }
 
-        kvmerge_parallel(n_threads, layer_plans.size(), [&](int h) {
+        ok = ok && kvmerge_parallel(graph, layer_plans.size(), [&](int h) {
             auto & plan = layer_plans[h];
 
             if (params.match == KVMERGE_MATCH_NONE) {
@@ -812,6 +807,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             kvmerge_weigh         (plan, params);
             kvmerge_fit_bias      (plan, params);
         });
+
+        if (!ok) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
+        }
 
         if (params.guard && !kvmerge_guard_layer(graph, *this, layers[l], cells, layer_plans, n_guarded)) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to compare outputs in layer %d", layers[l].il);

@@ -1,33 +1,46 @@
 #include "kvmerge-parallel.h"
 
-#include <algorithm>
 #include <atomic>
-#include <future>
-#include <system_error>
-#include <vector>
+#include <exception>
+#include <mutex>
 
-void kvmerge_parallel(int n_threads, int n, const std::function<void(int)> & f) {
-    std::atomic<int> next { 0 };
+namespace {
 
-    const auto work = [&]() {
-        for (int i = next++; i < n; i = next++) {
-            f(i);
-        }
-    };
+struct parallel_work {
+    const std::function<void(int)> & f;
+    const int                        n;
 
-    std::vector<std::future<void>> others; // their destructors wait
+    std::atomic<int>   next  { 0 };
+    std::exception_ptr error {};
+    std::mutex         mutex {};
+};
+
+} // namespace
+
+static void compute_work(ggml_tensor * /*dst*/, int /*ith*/, int /*nth*/, void * userdata) {
+    auto & work = *static_cast<parallel_work *>(userdata);
 
     try {
-        for (int t = 1; t < std::min(n_threads, n); ++t) {
-            others.push_back(std::async(std::launch::async, work));
+        for (int i = work.next++; i < work.n; i = work.next++) {
+            work.f(i);
         }
-    } catch (const std::system_error &) {
-        // no more threads to be had: those that run do the work
+    } catch (...) {
+        // nothing may be thrown through ggml
+        std::lock_guard<std::mutex> lock(work.mutex);
+        work.error = std::current_exception();
+    }
+}
+
+bool kvmerge_parallel(kvmerge_graph & graph, int n, const std::function<void(int)> & f) {
+    parallel_work work { f, n };
+
+    graph.store(ggml_custom_4d(graph.ctx(), GGML_TYPE_I32, 1, 1, 1, 1, nullptr, 0, compute_work, GGML_N_TASKS_MAX, &work));
+
+    const bool ok = graph.run();
+
+    if (work.error) {
+        std::rethrow_exception(work.error);
     }
 
-    work();
-
-    for (auto & other : others) {
-        other.get();
-    }
+    return ok;
 }

@@ -2,7 +2,8 @@
 
 // The heads of a layer do not depend on each other: what is plain C++ is done for several at once.
 
-#include <functional>
+#include "kvmerge-graph.h"
 
-// f(0), ..., f(n - 1) on so many threads; what one of them throws is thrown here
-void kvmerge_parallel(int n_threads, int n, const std::function<void(int)> & f);
+// f(0), ..., f(n - 1) on the threads that compute the context's graphs: those wait for work by spinning, and others would
+// find no free core. The graph has to be empty. What f throws is thrown here. false: the backend failed.
+bool kvmerge_parallel(kvmerge_graph & graph, int n, const std::function<void(int)> & f);
