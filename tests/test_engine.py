@@ -293,11 +293,8 @@ def test_saved_states_answer_the_same(model: Path, name: str, cache_type: str) -
         read(first)
         first.engine.merge(40)
         first.decode(list(range(30)))
-        size = llama_cpp.llama_state_seq_get_size(first.context, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(first.context, buffer, size, 0) == size
         read(second, seed=5)
-        assert llama_cpp.llama_state_seq_set_data(second.context, buffer, size, 0) == size
+        assert second.restore(first.save())
         second.position = first.position
         assert second.engine.n_cells() == first.engine.n_cells()
         assert second.engine.n_tokens() == first.engine.n_tokens()
@@ -314,10 +311,7 @@ def test_a_restored_state_merges_before_anything_is_decoded(tmp_path: Path) -> N
     model = write_random_model(tmp_path / "heads.gguf", shape)
     with Session(model, merge={}) as first, Session(model, merge={}) as second:
         first.decode(list(range(60)))
-        size = llama_cpp.llama_state_seq_get_size(first.context, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(first.context, buffer, size, 0) == size
-        assert llama_cpp.llama_state_seq_set_data(second.context, buffer, size, 0) == size
+        assert second.restore(first.save())
         second.engine.merge(30)
         assert second.engine.n_cells() == 30
         assert np.isfinite(second.decode([1], position=60)).all()

@@ -129,6 +129,26 @@ def test_last_pictures_stay_whole(model: Path) -> None:
         assert len(pictures) == 20
 
 
+def test_the_newest_picture_is_whole_while_the_prompt_is_read(model: Path) -> None:
+    """It has not been asked about yet, so nothing says what of it will matter."""
+    rng = np.random.default_rng(3)
+    merge = PRESETS["mosaic"].engine_params()
+    with Session(model, merge=merge, n_ctx=8192, n_batch=128, first_cells=256) as session:
+        session.engine.set_room(512)
+        seen = 0
+        for i in range(16):
+            with session.engine.media("image"):
+                session.decode(embeddings=rng.standard_normal((64, session.n_embd)))
+            session.decode(words(30, i))
+            if session.engine.stats().n_merges > seen:
+                seen = session.engine.stats().n_merges
+                plan = session.engine.plan(0, 0)
+                newest = plan.segment == plan.segment[plan.modality == 1].max()
+                assert (plan.fate[newest] >= 2).all()
+                assert (plan.fate[(plan.modality == 1) & ~newest] < 2).any()
+        assert seen > 3
+
+
 def test_a_cap_is_not_exceeded_by_a_batch_that_cannot_fit(model: Path) -> None:
     with Session(
         model, merge=FlowMM().engine_params(), n_ctx=4096, n_batch=512, first_cells=256

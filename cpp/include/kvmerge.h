@@ -233,8 +233,7 @@ KVMERGE_API int32_t kvmerge_begin_small(int32_t n_cells);
 //   n_whole      pictures or clips, the last ones, that every merge leaves as they are where the budget has room for them
 KVMERGE_API int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole);
 
-// Cells that the cache has now, used or not, all sequences together; and the bytes of K, V and bias that they take.
-// Negative: a kvmerge_status.
+// Cells that the cache has now, used or not, all sequences together; and the bytes of K, V, bias and sums that they take.
 KVMERGE_API int32_t kvmerge_size (const struct kvmerge_engine * engine);
 KVMERGE_API int64_t kvmerge_bytes(const struct kvmerge_engine * engine);
 

@@ -59,6 +59,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     kvmerge_status set_room(int32_t n_cells_max, float share, int32_t n_whole);
 
+    void keep_plans(bool keep);
+
     //
     // called by llama_kv_cache
     //
@@ -119,8 +121,6 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool  is_attached = true;   // queries are observed
     bool  has_bias    = false;  // some cell has a bias: the graphs add it
     int   version     = 0;      // goes up whenever graphs built before no longer fit
-
-    void keep_plans(bool keep);
 
     // figures of the last merge
     kvmerge_stats                          stats = {};

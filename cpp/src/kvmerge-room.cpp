@@ -163,11 +163,9 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
     // one layer is there twice.
-    const bool has_own = has_own_bufs;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> first(has_own_bufs ? 0 : n_layers);
 
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> first(has_own ? 0 : n_layers);
-
-    auto & bufs = has_own ? cache.ctxs_bufs : first;
+    auto & bufs = has_own_bufs ? cache.ctxs_bufs : first;
 
     const auto before = cache.layers;
 
@@ -182,8 +180,9 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
             for (size_t i = 0; i < l; ++i) {
                 auto & done = cache.layers[i];
 
-                if (has_own) {
-                    GGML_ASSERT(replace_layer(done.k, done.v, v_trans, n_before, n_used, bufs[i]));
+                if (has_own_bufs) {
+                    const bool ok = replace_layer(done.k, done.v, v_trans, n_before, n_used, bufs[i]);
+                    GGML_ASSERT(ok && "there was memory for the smaller layer a moment ago");
                 } else {
                     done = before[i];
                 }
@@ -193,14 +192,14 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
             return false;
         }
 
-        n_freed += has_own ? n_before*bytes_per_cell(layers[l]) : 0;
+        n_freed += has_own_bufs ? n_before*bytes_per_cell(layers[l]) : 0;
         if (n_freed > MAX_FREED) {
             kvmerge_give_back();
             n_freed = 0;
         }
     }
 
-    if (!has_own) {
+    if (!has_own_bufs) {
         cache.ctxs_bufs = std::move(first);
         has_own_bufs    = true;
     }
