@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 5
+#define KVMERGE_API_VERSION 6
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -247,6 +247,11 @@ KVMERGE_API int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id
 KVMERGE_API int32_t kvmerge_n_cells (const struct kvmerge_engine * engine, int32_t seq_id);
 KVMERGE_API int32_t kvmerge_n_tokens(const struct kvmerge_engine * engine, int32_t seq_id);
 
+// The same for one layer (index among the merged layers): cells of the sequence in which it holds something; and the bytes
+// that its K, V, bias and sums take. Where a cache grows and shrinks, a layer that holds less takes less.
+KVMERGE_API int32_t kvmerge_layer_cells(const struct kvmerge_engine * engine, int32_t seq_id, int32_t layer);
+KVMERGE_API int64_t kvmerge_layer_bytes(const struct kvmerge_engine * engine, int32_t layer);
+
 KVMERGE_API int32_t kvmerge_get_stats(const struct kvmerge_engine * engine, struct kvmerge_stats * stats);
 
 // Cross-modal flow of the last merge (FlowMM eq. 6-7), one value a layer, each array [n_layers]:
@@ -295,7 +300,8 @@ KVMERGE_API int32_t kvmerge_get_plan(
 //   k     F32 [n][n_heads][n_embd_head_k]      v     F32 [n][n_heads][n_embd_head_v]
 //   bias  F32 [n][n_heads]                     mass  F32 [n][n_heads]
 //   order I32 [n][n_heads]
-// A layer that holds fewer cells than the widest one has mass 0, order -1 and bias -INFINITY in front.
+// A layer that holds fewer cells than the widest one has mass 0, order -1 and bias -INFINITY in front, and K and V of no
+// meaning.
 // Quantized types are converted; where llama.cpp rotates quantized K and V (Hadamard), they come rotated.
 // Arrays may be NULL. Returns n, or a negative status; capacity counts cells.
 KVMERGE_API int32_t kvmerge_read_cells(

@@ -129,6 +129,32 @@ int64_t kvmerge_bytes(const struct kvmerge_engine * engine) {
     return engine->bytes();
 }
 
+int32_t kvmerge_layer_cells(const struct kvmerge_engine * engine, int32_t seq_id, int32_t layer) {
+    return guarded([&]() -> int32_t {
+        if (const int32_t status = check_seq(engine, seq_id)) {
+            return status;
+        }
+        const int32_t status = check_layer(engine, layer);
+
+        return status ? status : engine->n_cells(seq_id, layer);
+    });
+}
+
+int64_t kvmerge_layer_bytes(const struct kvmerge_engine * engine, int32_t layer) {
+    if (const int32_t status = check_layer(engine, layer)) {
+        return status;
+    }
+
+    const auto & cur = engine->layers[layer];
+
+    int64_t res = 0;
+    for (const ggml_tensor * t : { cur.k, cur.v, cur.bias, cur.sum }) {
+        res += t ? ggml_nbytes(t) : 0;
+    }
+
+    return res;
+}
+
 int32_t kvmerge_n_cells(const struct kvmerge_engine * engine, int32_t seq_id) {
     return guarded([&]() -> int32_t {
         const int32_t status = check_seq(engine, seq_id);
@@ -223,9 +249,11 @@ static void row_to_f32(ggml_type type, const void * src, float * dst, int64_t n)
     }
 }
 
-// rows [n][n_embd] of the given cells
-static void read_rows(const ggml_tensor * t, int64_t n_embd, bool trans, const std::vector<uint32_t> & cells, float * dst) {
-    const int64_t kv_size = t->ne[1];
+// rows [n][n_embd] of the given cells, in a tensor that begins with the cell `first`; zeros for those before it
+static void read_rows(const ggml_tensor * t, uint32_t first, int64_t n_embd, bool trans, const std::vector<uint32_t> & cells, float * dst) {
+    const int64_t n_rows = t->ne[1];
+
+    std::fill_n(dst, cells.size()*n_embd, 0.0f);
 
     std::vector<uint8_t> bytes;
 
@@ -233,19 +261,23 @@ static void read_rows(const ggml_tensor * t, int64_t n_embd, bool trans, const s
         bytes.resize(ggml_row_size(t->type, n_embd));
 
         for (size_t i = 0; i < cells.size(); ++i) {
-            ggml_backend_tensor_get(t, bytes.data(), cells[i]*t->nb[1], bytes.size());
-            row_to_f32(t->type, bytes.data(), dst + i*n_embd, n_embd);
+            if (cells[i] >= first) {
+                ggml_backend_tensor_get(t, bytes.data(), (cells[i] - first)*t->nb[1], bytes.size());
+                row_to_f32(t->type, bytes.data(), dst + i*n_embd, n_embd);
+            }
         }
     } else {
-        bytes.resize(kv_size*ggml_type_size(t->type));
-        std::vector<float> row(kv_size);
+        bytes.resize(n_rows*ggml_type_size(t->type));
+        std::vector<float> row(n_rows);
 
         for (int64_t e = 0; e < n_embd; ++e) {
             ggml_backend_tensor_get(t, bytes.data(), e*bytes.size(), bytes.size());
-            row_to_f32(t->type, bytes.data(), row.data(), kv_size);
+            row_to_f32(t->type, bytes.data(), row.data(), n_rows);
 
             for (size_t i = 0; i < cells.size(); ++i) {
-                dst[i*n_embd + e] = row[cells[i]];
+                if (cells[i] >= first) {
+                    dst[i*n_embd + e] = row[cells[i] - first];
+                }
             }
         }
     }
@@ -271,8 +303,8 @@ int32_t kvmerge_read_cells(
             return status;
         }
 
-        if (k) { read_rows(cur.k, (int64_t) cur.n_embd_head_k*cur.n_head_kv, false,           cells, k); }
-        if (v) { read_rows(cur.v, (int64_t) cur.n_embd_head_v*cur.n_head_kv, engine->v_trans, cells, v); }
+        if (k) { read_rows(cur.k, cur.first, (int64_t) cur.n_embd_head_k*cur.n_head_kv, false,           cells, k); }
+        if (v) { read_rows(cur.v, cur.first, (int64_t) cur.n_embd_head_v*cur.n_head_kv, engine->v_trans, cells, v); }
 
         for (size_t i = 0; i < cells.size(); ++i) {
             for (int32_t h = 0; h < cur.n_head_kv; ++h) {

@@ -4,6 +4,9 @@
 #include "kvmerge-engine.h"
 
 #include "llama-batch.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
 
 // above this many tokens a mask per head would need too large a compute buffer (n_kv*n_tokens*n_head)
 static constexpr int64_t N_TOKENS_MASK_PER_HEAD = 16;
@@ -73,6 +76,38 @@ static void build_observe(const llm_graph_context & graph, const kvmerge_engine 
     ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, layer.q, rows, inp->dst));
 }
 
+ggml_tensor * kvmerge_last(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n) {
+    if (t->ne[dim] == n) {
+        return t;
+    }
+
+    int64_t ne[GGML_MAX_DIMS];
+    std::copy_n(t->ne, GGML_MAX_DIMS, ne);
+    ne[dim] = n;
+
+    return ggml_view_4d(ctx, t, ne[0], ne[1], ne[2], ne[3], t->nb[1], t->nb[2], t->nb[3], (t->ne[dim] - n)*t->nb[dim]);
+}
+
+uint32_t kvmerge_n_low(const kvmerge_engine * engine) {
+    return engine ? engine->n_low : 0;
+}
+
+ggml_tensor * kvmerge_store(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs) {
+    if (kvmerge_n_low(engine) > 0) {
+        cache = kvmerge_last(ctx, cache, 1, engine->cache.get_size() - engine->n_low);
+    }
+
+    return ggml_set_rows(ctx, cache, cur, idxs);
+}
+
+// memory is [n_rows, n_embd], of another length in every layer: the same indices for each channel
+ggml_tensor * kvmerge_store_trans(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs) {
+    cache = ggml_reshape_3d(ctx, cache, 1, cache->ne[1], cache->ne[0]);                  // [1, n_rows, n_embd]
+    cur   = ggml_view_3d(ctx, cur, 1, cur->ne[1], cur->ne[0], cur->nb[1], cur->nb[0], 0); // [1, n_tokens, n_embd]
+
+    return kvmerge_store(ctx, engine, cache, cur, idxs);
+}
+
 ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask) {
     const int64_t n_kv    = kq_mask->ne[0];
     const int64_t n_group = layer.n_head/layer.n_head_kv;
@@ -118,6 +153,12 @@ ggml_tensor * kvmerge_build_attn(
         return graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
     }
 
+    ggml_context * ctx = graph.ctx0;
+
+    if (k->ne[2] < kq_mask->ne[0]) {
+        kq_mask = ggml_cont(ctx, kvmerge_last(ctx, kq_mask, 0, k->ne[2]));
+    }
+
     if (!is_shared) {
         layer->kq_scale = kq_scale;
         layer->sinks    = sinks;
@@ -134,8 +175,6 @@ ggml_tensor * kvmerge_build_attn(
     if (!engine->has_bias) {
         return graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
     }
-
-    ggml_context * ctx = graph.ctx0;
 
     if (layer->n_head_kv == 1) {
         kq_mask = ggml_add(ctx, kq_mask, ggml_view_2d(ctx, layer->bias, kq_mask->ne[0], 1, layer->bias->nb[1], 0));

@@ -13,7 +13,7 @@ ggml_tensor * kvmerge_build_attn(
         const llm_graph_context & graph,
                kvmerge_engine   * engine,
                   ggml_tensor   * q,       // [n_embd_head_k, n_head,    n_tokens]
-                  ggml_tensor   * k,       // [n_embd_head_k, n_head_kv, n_kv, n_stream]
+                  ggml_tensor   * k,       // [n_embd_head_k, n_head_kv, n_kv, n_stream]; a layer may store fewer than n_kv
                   ggml_tensor   * v,       // [n_embd_head_v, n_head_kv, n_kv, n_stream], or transposed
                   ggml_tensor   * kq_b,
                   ggml_tensor   * kq_mask, // [n_kv, n_tokens, 1, n_stream]
@@ -24,6 +24,15 @@ ggml_tensor * kvmerge_build_attn(
 
 // Nodes that the engine of a context's memory adds to a graph at most; 0 without one.
 uint32_t kvmerge_n_nodes(struct llama_memory_i * memory, uint32_t n_tokens);
+
+// Keys or values of new tokens go into the cache. Not all layers may store the first cells, so the indices count from the
+// first cell that all of them store, kvmerge_n_low() (0 without an engine): they are the same for all layers.
+uint32_t      kvmerge_n_low      (const kvmerge_engine * engine);
+ggml_tensor * kvmerge_store      (ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs);
+ggml_tensor * kvmerge_store_trans(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs);
+
+// the last n along a dimension: of the cells, those that a layer stores
+ggml_tensor * kvmerge_last(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n);
 
 // The mask with the bias of every head: [n_kv, n_tokens, n_head]. Large: for few tokens at a time.
 ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask);

@@ -293,11 +293,13 @@ bool kvmerge_engine::init_bias(uint32_t n_cells) {
     const auto make_bias = [&](ggml_context * ctx, size_t l) {
         auto & layer = layers[l];
 
-        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, layer.n_head_kv);
+        const int64_t n_rows = n_cells - layer.first;
+
+        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_rows, layer.n_head_kv);
         ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
 
         if (params.score == KVMERGE_SCORE_ALL) {
-            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_cells, layer.n_head_kv);
+            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, layer.n_head_kv);
             ggml_format_name(layer.sum, "kvmerge_sum_l%d", layer.il);
         }
     };
@@ -449,6 +451,7 @@ void kvmerge_engine::on_clear() {
     media.is_open = false;
     pending       = {};
     n_wanted      = 0;
+    is_restored   = false;
 
     shrink();
 }
@@ -535,7 +538,7 @@ uint32_t kvmerge_engine::n_nodes(uint32_t n_tokens) const {
     uint32_t res = 0;
 
     for (const auto & layer : layers) {
-        res += 16 + 24*layer.n_head_kv; // observing, and one attention per KV head
+        res += 24 + 24*layer.n_head_kv; // observing, views of what is stored, and one attention per KV head
 
         if (layer.sum) {
             res += 64*(1 + n_tokens/KVMERGE_SUM_ROWS);
@@ -590,7 +593,7 @@ void kvmerge_engine::clear_sum(uint32_t idx) {
 
     for (auto & layer : layers) {
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
-            ggml_backend_tensor_set(layer.sum, &zero, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+            ggml_backend_tensor_set(layer.sum, &zero, h*layer.sum->nb[1] + (idx - layer.first)*sizeof(float), sizeof(float));
         }
     }
 }
@@ -621,6 +624,20 @@ std::vector<uint32_t> kvmerge_engine::sequence_cells(llama_seq_id seq_id) const 
     return res;
 }
 
+int32_t kvmerge_engine::n_cells(llama_seq_id seq_id, size_t l) const {
+    int32_t res = 0;
+
+    for (uint32_t idx : sequence_cells(seq_id)) {
+        bool is_held = false;
+        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            is_held = is_held || cell(idx, l, h).mass > 0;
+        }
+        res += is_held;
+    }
+
+    return res;
+}
+
 const kvmerge_cell & kvmerge_engine::cell(uint32_t idx, size_t layer, int32_t head) const {
     return is_merged[idx] ? merged[layer][head][idx] : tokens[idx];
 }
@@ -631,8 +648,8 @@ void kvmerge_engine::upload_bias(size_t l) {
     std::vector<float> bias(layer.bias->ne[0]*layer.bias->ne[1]);
 
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
-        for (uint32_t i = 0; i < is_merged.size(); ++i) {
-            bias[h*layer.bias->ne[0] + i] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
+        for (uint32_t i = layer.first; i < is_merged.size(); ++i) {
+            bias[h*layer.bias->ne[0] + i - layer.first] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
         }
     }
 
@@ -702,6 +719,11 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
             updated  = make_room(n_wanted);
             n_wanted = 0;
         }
+        if (is_restored) {
+            shrink();
+            updated     = true;
+            is_restored = false;
+        }
         if (pending.n_cells > 0) {
             pending.status = run(pending.seq_id, pending.n_cells, n_cells_max());
             updated        = pending.status == KVMERGE_OK;
@@ -722,6 +744,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const int64_t t_start = ggml_time_us();
 
     lctx->synchronize();
+
+    if (!store_all()) {
+        return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
+    }
 
     const auto cells = sequence_cells(seq_id);
 

@@ -30,12 +30,16 @@ struct kvmerge_layer {
     int32_t n_embd_head_k;
     int32_t n_embd_head_v;
 
-    ggml_tensor * k; // [n_embd_head_k*n_head_kv, kv_size]
-    ggml_tensor * v; // [n_embd_head_v*n_head_kv, kv_size]; memory holds it transposed when v_trans
+    // The first cells of the cache are not stored where the layer holds nothing in them: n_rows is kv_size - first.
+    // While a merge runs all layers store all cells.
+    uint32_t first;
+
+    ggml_tensor * k; // [n_embd_head_k*n_head_kv, n_rows]
+    ggml_tensor * v; // [n_embd_head_v*n_head_kv, n_rows]; memory holds it transposed when v_trans
 
     ggml_tensor * q;    // F32     [n_embd_head_k*n_head, n_slots] observed queries
-    ggml_tensor * bias; // F16/F32 [kv_size, n_head_kv]            the type of the attention mask
-    ggml_tensor * sum;  // F32     [kv_size, n_head_kv]            attention from all queries; KVMERGE_SCORE_ALL only
+    ggml_tensor * bias; // F16/F32 [n_rows, n_head_kv]             the type of the attention mask
+    ggml_tensor * sum;  // F32     [n_rows, n_head_kv]             attention from all queries; KVMERGE_SCORE_ALL only
 
     bool mask_per_head; // the backend's attention takes a mask per head
 
@@ -74,6 +78,11 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool on_update(llama_context * lctx);
     void on_restore(uint32_t n_cells); // a state of so many cells is about to be read
 
+    // The stream without K and V of the cells that a layer does not store. What is written with the one has to be read
+    // with the other.
+    std::unique_ptr<llama_io_write_i> stored_only(llama_io_write_i & io, llama_seq_id seq_id) const;
+    std::unique_ptr<llama_io_read_i>  stored_only(llama_io_read_i  & io) const;
+
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
 
     // cells: where the saved cells were placed, in the order in which they were written; throws like llama_kv_cache
@@ -82,7 +91,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // bytes of K, V, bias and sums as they are allocated
     int64_t bytes() const;
 
-    bool is_pending() const { return pending.n_cells > 0 || n_wanted > 0; }
+    bool is_pending() const { return pending.n_cells > 0 || n_wanted > 0 || is_restored; }
 
     //
     // for the steps
@@ -93,6 +102,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     // cells of a sequence, in the order of their tokens
     std::vector<uint32_t> sequence_cells(llama_seq_id seq_id) const;
+
+    // those of them in which a layer holds something
+    int32_t n_cells(llama_seq_id seq_id, size_t layer) const;
 
     // nodes that the engine adds to the model's graph at most
     uint32_t n_nodes(uint32_t n_tokens) const;
@@ -122,6 +134,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool  has_bias    = false;  // some cell has a bias: the graphs add it
     int   version     = 0;      // goes up whenever graphs built before no longer fit
 
+    uint32_t n_low = 0; // the first cell that all layers store: tokens come into it and those behind
+
     // figures of the last merge
     kvmerge_stats                          stats = {};
     std::vector<kvmerge_flow>              flows; // [layer]
@@ -132,7 +146,7 @@ private:
 
     kvmerge_status init_layers();
 
-    // buffers of the bias and the sums for n_cells cells, empty
+    // buffers of the bias and the sums for the cells that the layers store of n_cells, empty
     bool init_bias(uint32_t n_cells);
 
     // n_most: cells that no layer exceeds, where layers differ
@@ -154,8 +168,15 @@ private:
     // no more cells than are needed
     void shrink();
 
-    // the cells from now on; those that are used lie below. false: there is no memory for them, nothing has changed
-    bool resize(uint32_t n_cells);
+    // for every layer, from which cell on there is something in it
+    std::vector<uint32_t> first_cells() const;
+
+    // The cells from now on, and the first one that each layer stores. Those that are used lie below n_cells.
+    // false: there is no memory for them, nothing has changed.
+    bool resize(uint32_t n_cells, const std::vector<uint32_t> & first);
+
+    // all layers store all cells
+    bool store_all() { return resize(is_merged.size(), std::vector<uint32_t>(layers.size())); }
 
     // the layers take the tensors of the cache
     void attach_tensors();
@@ -165,6 +186,9 @@ private:
 
     // compact: cells[0, B) of the sequence take the pivots, the others are freed
     void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
+
+    // cells of a sequence, or of all, in the order in which llama_kv_cache writes them
+    std::vector<uint32_t> saved_cells(llama_seq_id seq_id) const;
 
     // the sequence is gone
     void forget(llama_seq_id seq_id);
@@ -220,6 +244,7 @@ private:
 
     bool     keeps_plans  = true;
     uint32_t n_wanted     = 0;     // tokens that found no slot
+    bool     is_restored  = false; // a state was read, and the cells are not yet as few as they may be
     bool     has_own_bufs = false; // every layer of the cache has a buffer of its own
 
     // buffers of the observed queries, and of the bias and the sums, on the device of their layer

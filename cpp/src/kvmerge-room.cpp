@@ -3,6 +3,10 @@
 //
 // llama.cpp sizes its table of cells and its tensors once. Here both are replaced by others of another size, between two
 // graphs: the context reserves its graphs anew after any update of the memory.
+//
+// Layers that hold fewer cells of a merged sequence than the widest one hold them at its end. Where that sequence is the
+// first in the cache, such a layer does not store the cells in front: its tensors are shorter, and attention begins later.
+// No token may come into the cells below n_low, the first one that all layers store.
 
 #include "kvmerge-room.h"
 
@@ -24,6 +28,12 @@
 
 // get_n_kv() pads to as many, and so do the backends' attention kernels
 static constexpr uint32_t STEP = 256;
+
+// A layer stores a multiple of so many cells: on a device as many as the kernels are made for, in the host's memory the
+// tile of its flash attention.
+static uint32_t layer_step(const kvmerge_layer & layer) {
+    return ggml_backend_buffer_is_host(layer.k->buffer) ? 64 : STEP;
+}
 
 // freed bytes that are given back while layers are still being replaced
 static constexpr size_t MAX_FREED = 16*1024*1024;
@@ -86,18 +96,24 @@ kvmerge_status kvmerge_engine::set_room(int32_t n_cells, float share, int32_t n_
     return KVMERGE_OK;
 }
 
-// the first n_copy cells; trans: memory holds one row a channel, over all cells
-static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, uint32_t n_copy) {
-    if (n_copy == 0) {
-        return;
-    }
+// the cells [first, end)
+struct cell_range {
+    uint32_t first;
+    uint32_t end;
 
+    uint32_t size() const { return end - first; }
+
+    bool operator==(const cell_range & other) const { return first == other.first && end == other.end; }
+};
+
+// n cells from row i_old to row i_dst; trans: memory holds one row a channel, over all cells
+static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, uint32_t i_old, uint32_t i_dst, uint32_t n) {
     if (!trans) {
         // the cells lie one after the other
         ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
 
-        ggml_tensor * from = ggml_view_2d(ctx.get(), const_cast<ggml_tensor *>(old), old->ne[0], n_copy, old->nb[1], 0);
-        ggml_tensor * to   = ggml_view_2d(ctx.get(), dst,                            dst->ne[0], n_copy, dst->nb[1], 0);
+        ggml_tensor * from = ggml_view_2d(ctx.get(), const_cast<ggml_tensor *>(old), old->ne[0], n, old->nb[1], i_old*old->nb[1]);
+        ggml_tensor * to   = ggml_view_2d(ctx.get(), dst,                            dst->ne[0], n, dst->nb[1], i_dst*dst->nb[1]);
 
         ggml_backend_view_init(from);
         ggml_backend_view_init(to);
@@ -113,18 +129,18 @@ static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, u
 
     std::vector<uint8_t> res(ggml_nbytes(dst));
     for (int64_t e = 0; e < old->ne[0]; ++e) {
-        std::copy_n(rows.data() + e*old->ne[1]*size, n_copy*size, res.data() + e*dst->ne[1]*size);
+        std::copy_n(rows.data() + (e*old->ne[1] + i_old)*size, n*size, res.data() + (e*dst->ne[1] + i_dst)*size);
     }
     ggml_backend_tensor_set(dst, res.data(), 0, res.size());
 }
 
-// replace the tensors of a layer by others of n_cells cells, which hold the first n_copy; the caller owns their buffer
-static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, uint32_t n_cells, uint32_t n_copy,
+// replace the tensors of a layer, which hold the cells `before`, by others for `after`; the caller owns their buffer
+static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, cell_range before, cell_range after, uint32_t n_used,
         std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
     ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
 
-    ggml_tensor * k_new = ggml_new_tensor_3d(ctx.get(), k->type, k->ne[0], n_cells, 1);
-    ggml_tensor * v_new = ggml_new_tensor_3d(ctx.get(), v->type, v->ne[0], n_cells, 1);
+    ggml_tensor * k_new = ggml_new_tensor_3d(ctx.get(), k->type, k->ne[0], after.size(), 1);
+    ggml_tensor * v_new = ggml_new_tensor_3d(ctx.get(), v->type, v->ne[0], after.size(), 1);
 
     ggml_set_name(k_new, k->name);
     ggml_set_name(v_new, v->name);
@@ -136,8 +152,12 @@ static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, uint
     }
     ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
 
-    copy_cells(k, k_new, false,   n_copy);
-    copy_cells(v, v_new, v_trans, n_copy);
+    const uint32_t first = std::max(before.first, after.first);
+
+    if (first < n_used) {
+        copy_cells(k, k_new, false,   first - before.first, first - after.first, n_used - first);
+        copy_cells(v, v_new, v_trans, first - before.first, first - after.first, n_used - first);
+    }
 
     k     = k_new;
     v     = v_new;
@@ -146,45 +166,73 @@ static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, uint
     return true;
 }
 
-bool kvmerge_engine::resize(uint32_t n_cells) {
+std::vector<uint32_t> kvmerge_engine::first_cells() const {
+    std::vector<uint32_t> res(layers.size());
+
+    const auto & table = cache.get_cells(0);
+
+    for (size_t l = 0; l < layers.size() && room.is_elastic; ++l) {
+        const auto holds_nothing = [&](uint32_t idx) {
+            return !table.is_empty(idx) && is_merged[idx] && std::all_of(merged[l].begin(), merged[l].end(),
+                    [&](const auto & head) { return head[idx].mass == 0 && head[idx].bias == -INFINITY; });
+        };
+
+        while (res[l] < table.size() && holds_nothing(res[l])) {
+            res[l]++;
+        }
+
+        res[l] = res[l]/layer_step(layers[l])*layer_step(layers[l]);
+    }
+
+    return res;
+}
+
+bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & first) {
     auto & table = cache.v_cells[0];
 
     const uint32_t n_before = table.size();
     const uint32_t n_used   = table.used_max_p1();
     const size_t   n_layers = cache.layers.size();
 
-    GGML_ASSERT(n_used <= n_cells && !table.get_has_shift());
+    std::vector<cell_range> before;
+    std::vector<cell_range> after;
+    for (size_t l = 0; l < n_layers; ++l) {
+        before.push_back({ layers[l].first, n_before });
+        after .push_back({ first[l],        n_cells  });
+    }
 
-    if (n_cells == n_before) {
+    if (before == after) {
         return true;
     }
+
+    GGML_ASSERT(n_used <= n_cells);
 
     lctx->synchronize();
 
     // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
     // one layer is there twice.
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> first(has_own_bufs ? 0 : n_layers);
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_layers);
 
-    auto & bufs = has_own_bufs ? cache.ctxs_bufs : first;
+    auto & bufs = has_own_bufs ? cache.ctxs_bufs : bufs_first;
 
-    const auto before = cache.layers;
+    const auto layers_before = cache.layers;
 
     size_t n_freed = 0; // bytes since the last time
 
     for (size_t l = 0; l < n_layers; ++l) {
         auto & kv = cache.layers[l];
 
-        if (!replace_layer(kv.k, kv.v, v_trans, n_cells, n_used, bufs[l])) {
-            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells, kv.il);
+        if (!replace_layer(kv.k, kv.v, v_trans, before[l], after[l], n_used, bufs[l])) {
+            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, after[l].size(), kv.il);
 
             for (size_t i = 0; i < l; ++i) {
                 auto & done = cache.layers[i];
 
                 if (has_own_bufs) {
-                    const bool ok = replace_layer(done.k, done.v, v_trans, n_before, n_used, bufs[i]);
-                    GGML_ASSERT(ok && "there was memory for the smaller layer a moment ago");
+                    const bool ok = replace_layer(done.k, done.v, v_trans, after[i], before[i], n_used, bufs[i]);
+                    GGML_ASSERT(ok && "there was memory for the layer a moment ago");
                 } else {
-                    done = before[i];
+                    done = layers_before[i];
                 }
             }
             attach_tensors();
@@ -192,7 +240,7 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
             return false;
         }
 
-        n_freed += has_own_bufs ? n_before*bytes_per_cell(layers[l]) : 0;
+        n_freed += has_own_bufs ? before[l].size()*bytes_per_cell(layers[l]) : 0;
         if (n_freed > MAX_FREED) {
             kvmerge_give_back();
             n_freed = 0;
@@ -200,18 +248,23 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
     }
 
     if (!has_own_bufs) {
-        cache.ctxs_bufs = std::move(first);
+        cache.ctxs_bufs = std::move(bufs_first);
         has_own_bufs    = true;
     }
 
     attach_tensors();
 
     // the table
-    auto used = table.cp(0, n_used);
+    if (n_cells != n_before) {
+        GGML_ASSERT(!table.get_has_shift());
 
-    table.resize(n_cells);
-    table.set(0, used);
+        auto used = table.cp(0, n_used);
 
+        table.resize(n_cells);
+        table.set(0, used);
+    }
+
+    n_low            = *std::max_element(first.begin(), first.end());
     cache.v_heads[0] = std::min(cache.v_heads[0], n_used);
 
     tokens   .resize(n_cells);
@@ -225,9 +278,13 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     // bias and sums
     std::vector<std::vector<float>> sums(layers.size());
-    for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
-        sums[l].resize(ggml_nelements(layers[l].sum));
-        ggml_backend_tensor_get(layers[l].sum, sums[l].data(), 0, ggml_nbytes(layers[l].sum));
+    for (size_t l = 0; l < layers.size(); ++l) {
+        if (layers[l].sum) {
+            sums[l].resize(ggml_nelements(layers[l].sum));
+            ggml_backend_tensor_get(layers[l].sum, sums[l].data(), 0, ggml_nbytes(layers[l].sum));
+        }
+
+        layers[l].first = first[l];
     }
 
     if (!init_bias(n_cells)) {
@@ -235,8 +292,11 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
     }
 
     for (size_t l = 0; l < layers.size(); ++l) {
-        for (int32_t h = 0; layers[l].sum && h < layers[l].n_head_kv && n_used > 0; ++h) {
-            ggml_backend_tensor_set(layers[l].sum, sums[l].data() + (size_t) h*n_before, h*layers[l].sum->nb[1], n_used*sizeof(float));
+        const uint32_t i = std::max(before[l].first, after[l].first);
+
+        for (int32_t h = 0; layers[l].sum && h < layers[l].n_head_kv && i < n_used; ++h) {
+            ggml_backend_tensor_set(layers[l].sum, sums[l].data() + (size_t) h*before[l].size() + i - before[l].first,
+                    h*layers[l].sum->nb[1] + (i - after[l].first)*sizeof(float), (n_used - i)*sizeof(float));
         }
         if (has_bias) {
             upload_bias(l);
@@ -250,7 +310,7 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
     // also the buffers of the graphs follow the size
     lctx->sched_reserve_later();
 
-    LLAMA_LOG_DEBUG("%s: %u -> %u cells\n", __func__, n_before, n_cells);
+    LLAMA_LOG_DEBUG("%s: %u -> %u cells, %u in the smallest layer\n", __func__, n_before, n_cells, n_cells - n_low);
 
     return true;
 }
@@ -271,15 +331,18 @@ void kvmerge_engine::attach_tensors() {
 void kvmerge_engine::shrink() {
     auto & table = cache.v_cells[0];
 
-    if (!room.is_elastic || room.is_tight || table.get_has_shift()) {
+    if (!room.is_elastic || table.get_has_shift()) {
         return;
     }
 
-    const uint32_t n = std::min(n_cells_max(), std::max(round_up(lctx->get_cparams().n_ubatch), round_up(table.used_max_p1() + 1)));
+    uint32_t n = table.size();
 
-    if (n < table.size()) {
-        resize(n);
+    // a batch is waiting for the cells that a tight merge frees
+    if (!room.is_tight) {
+        n = std::min({ n, n_cells_max(), std::max(round_up(lctx->get_cparams().n_ubatch), round_up(table.used_max_p1() + 1)) });
     }
+
+    resize(n, first_cells());
 }
 
 int64_t kvmerge_engine::bytes() const {
@@ -310,10 +373,15 @@ void kvmerge_engine::on_no_slot(const std::vector<llama_ubatch> & ubatches) {
 void kvmerge_engine::on_restore(uint32_t n_cells) {
     const auto & table = cache.get_cells(0);
 
-    const uint32_t n = round_up(table.get_used() + n_cells);
+    uint32_t n = round_up(table.get_used() + n_cells);
 
-    if (room.is_elastic && n > table.size() && n <= n_cells_max() && !table.get_has_shift()) {
-        resize(n);
+    if (!room.is_elastic || n < table.size() || n > n_cells_max() || table.get_has_shift()) {
+        n = table.size();
+    }
+
+    // it is not known yet which cells the layers hold, and the tensors are filled when the whole state is read
+    if (!resize(n, std::vector<uint32_t>(layers.size()))) {
+        throw std::bad_alloc();
     }
 }
 
@@ -361,7 +429,8 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
         return false;
     }
 
-    return n <= table.size() || resize(std::min(n_max, round_up(n)));
+    // cells that were freed and that some layer does not store are stored again
+    return resize(std::max(table.size(), std::min(n_max, round_up(n))), first_cells());
 }
 
 void kvmerge_engine::mark_whole(int32_t n_cells, std::vector<kvmerge_plan> & plans) const {

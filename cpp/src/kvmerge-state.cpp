@@ -1,7 +1,7 @@
 // The engine's part of a saved state: what the cells stand for, and the observed queries.
 //
-// It follows the cells of llama_kv_cache in the same stream, and only when an engine is attached: without one the format
-// is llama.cpp's own.
+// It lies around the cells of llama_kv_cache in the same stream, and only when an engine is attached: without one the
+// format is llama.cpp's own. In front stands how many of the cells each layer does not store; their K and V are left out.
 
 #include "kvmerge-engine.h"
 
@@ -14,7 +14,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 
 template <typename T>
 static void write(llama_io_write_i & io, const T & value) {
@@ -33,6 +33,157 @@ static T read(llama_io_read_i & io) {
 [[noreturn]] static void refuse(const std::string & reason) {
     throw std::runtime_error("the saved state of merged cells cannot be used: " + reason);
 }
+
+//
+// K and V of the cells that a layer stores
+//
+
+// Saved cells that each layer does not store: the first ones, and only of the sequence that holds the first cells.
+static uint32_t count_unstored(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) {
+    return std::count_if(cells.begin(), cells.end(), [&](uint32_t idx) { return idx < layer.first; });
+}
+
+// llama_kv_cache writes and reads K and V of a layer in runs of cells; where V lies transposed, once for every channel. Of
+// each pass over the cells the first ones are left out.
+class stored_runs {
+public:
+    stored_runs(const kvmerge_engine & engine, std::vector<uint32_t> n_out) : engine(engine), n_out(std::move(n_out)) {}
+
+    // offset and size of a run become those of the part that is stored
+    void clip(const ggml_tensor * tensor, size_t & offset, size_t & size) {
+        for (size_t l = 0; l < engine.layers.size(); ++l) {
+            const auto & layer = engine.layers[l];
+
+            const bool is_v = tensor->data == layer.v->data;
+
+            if (!is_v && tensor->data != layer.k->data) {
+                continue;
+            }
+
+            const bool   trans   = is_v && engine.v_trans;
+            const size_t unit    = trans ? ggml_type_size(tensor->type) : ggml_row_size(tensor->type, tensor->ne[0]);
+            const size_t kv_size = layer.k->ne[1] + layer.first;
+            const size_t channel = trans ? offset/unit/kv_size : 0;
+
+            if (tensor->data != pass.data || channel != pass.channel) {
+                pass = { tensor->data, channel, n_out[l] };
+            }
+
+            const size_t n = std::min(pass.n_left, size/unit);
+
+            pass.n_left -= n;
+            offset      += n*unit - (channel + 1)*layer.first*unit;
+            size        -= n*unit;
+
+            return;
+        }
+    }
+
+private:
+    const kvmerge_engine & engine;
+
+    std::vector<uint32_t> n_out; // [layer]
+
+    struct {
+        const void * data    = nullptr;
+        size_t       channel = 0;
+        size_t       n_left  = 0; // to be left out
+    } pass;
+};
+
+class stored_write : public llama_io_write_i {
+public:
+    stored_write(llama_io_write_i & io, stored_runs runs) : io(io), runs(std::move(runs)) {}
+
+    void write(const void * src, size_t size) override { io.write(src, size); }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        runs.clip(tensor, offset, size);
+
+        if (size > 0) {
+            io.write_tensor(tensor, offset, size);
+        }
+    }
+
+    size_t n_bytes() override { return io.n_bytes(); }
+
+private:
+    llama_io_write_i & io;
+    stored_runs        runs;
+};
+
+class stored_read : public llama_io_read_i {
+public:
+    stored_read(llama_io_read_i & io, stored_runs runs) : io(io), runs(std::move(runs)) {}
+
+    void read(void * dst, size_t size) override { io.read(dst, size); }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        runs.clip(tensor, offset, size);
+
+        if (size > 0) {
+            io.read_tensor(tensor, offset, size);
+        }
+    }
+
+    size_t n_bytes() override { return io.n_bytes(); }
+
+private:
+    llama_io_read_i & io;
+    stored_runs       runs;
+};
+
+std::vector<uint32_t> kvmerge_engine::saved_cells(llama_seq_id seq_id) const {
+    const auto & table = cache.get_cells(0);
+
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < table.size(); ++i) {
+        if (!table.is_empty(i) && (seq_id == -1 || table.seq_has(i, seq_id))) {
+            res.push_back(i);
+        }
+    }
+
+    return res;
+}
+
+std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i & io, llama_seq_id seq_id) const {
+    const auto cells = saved_cells(seq_id);
+
+    write(io, STATE_MAGIC);
+    write(io, STATE_VERSION);
+    write(io, (uint32_t) layers.size());
+
+    std::vector<uint32_t> n_out;
+    for (const auto & layer : layers) {
+        n_out.push_back(count_unstored(layer, cells));
+        write(io, n_out.back());
+    }
+
+    return std::make_unique<stored_write>(io, stored_runs(*this, std::move(n_out)));
+}
+
+std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io) const {
+    if (read<uint32_t>(io) != STATE_MAGIC) {
+        refuse("it was saved without merging");
+    }
+    if (const auto found = read<uint32_t>(io); found != STATE_VERSION) {
+        refuse("its version is " + std::to_string(found) + ", accepted is " + std::to_string(STATE_VERSION));
+    }
+    if (read<uint32_t>(io) != layers.size()) {
+        refuse("it is of another model (number of layers)");
+    }
+
+    std::vector<uint32_t> n_out(layers.size());
+    for (auto & n : n_out) {
+        n = read<uint32_t>(io);
+    }
+
+    return std::make_unique<stored_read>(io, stored_runs(*this, std::move(n_out)));
+}
+
+//
+// what the cells stand for, and the observed queries
+//
 
 static void write_cell(llama_io_write_i & io, const kvmerge_cell & cell) {
     write(io, cell.order);
@@ -59,21 +210,11 @@ static kvmerge_cell read_cell(llama_io_read_i & io) {
 }
 
 void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
-    const auto & table = cache.get_cells(0);
+    const auto cells = saved_cells(seq_id);
 
-    std::vector<uint32_t> cells;
-    for (uint32_t i = 0; i < table.size(); ++i) {
-        if (!table.is_empty(i) && (seq_id == -1 || table.seq_has(i, seq_id))) {
-            cells.push_back(i);
-        }
-    }
-
-    write(io, STATE_MAGIC);
-    write(io, STATE_VERSION);
     write(io, params.n_window);
     write(io, params.n_flow_rows);
     write(io, layers[0].sum != nullptr);
-    write(io, (uint32_t) layers.size());
     for (const auto & layer : layers) {
         write(io, layer.n_head);
         write(io, layer.n_head_kv);
@@ -99,9 +240,13 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
     }
 
     for (const auto & layer : layers) {
+        const uint32_t n_out = count_unstored(layer, cells);
+
+        write(io, n_out);
+
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
-            for (uint32_t idx : cells) {
-                io.write_tensor(layer.sum, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+            for (size_t i = n_out; i < cells.size(); ++i) {
+                io.write_tensor(layer.sum, h*layer.sum->nb[1] + (cells[i] - layer.first)*sizeof(float), sizeof(float));
             }
         }
     }
@@ -143,17 +288,8 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
 }
 
 void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells) {
-    if (read<uint32_t>(io) != STATE_MAGIC) {
-        refuse("it was saved without merging");
-    }
-    if (const auto found = read<uint32_t>(io); found != STATE_VERSION) {
-        refuse("its version is " + std::to_string(found) + ", accepted is " + std::to_string(STATE_VERSION));
-    }
     if (read<int32_t>(io) != params.n_window || read<int32_t>(io) != params.n_flow_rows || read<bool>(io) != (layers[0].sum != nullptr)) {
         refuse("it was saved with another policy (window, flow rows or score over all queries)");
-    }
-    if (read<uint32_t>(io) != layers.size()) {
-        refuse("it is of another model (number of layers)");
     }
     for (const auto & layer : layers) {
         if (read<int32_t>(io) != layer.n_head || read<int32_t>(io) != layer.n_head_kv || read<int32_t>(io) != layer.n_embd_head_k) {
@@ -187,9 +323,11 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
     }
 
     for (auto & layer : layers) {
+        const auto n_out = read<uint32_t>(io);
+
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
-            for (uint32_t idx : cells) {
-                io.read_tensor(layer.sum, h*layer.sum->nb[1] + idx*sizeof(float), sizeof(float));
+            for (size_t i = n_out; i < cells.size(); ++i) {
+                io.read_tensor(layer.sum, h*layer.sum->nb[1] + cells[i]*sizeof(float), sizeof(float));
             }
         }
     }
@@ -251,6 +389,10 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
     stats = stats_saved;
     flows = flows_saved;
     plans.clear(); // what became of every token is not saved
+
+    // not now: K and V may still be on their way into the tensors
+    const auto stored = first_cells();
+    is_restored = std::any_of(stored.begin(), stored.end(), [](uint32_t first_cell) { return first_cell > 0; });
 
     version++;
 }

@@ -277,6 +277,14 @@ class Engine:
         """Return the bytes of K, V and bias as they are allocated."""
         return int(self._library.kvmerge_bytes(self._engine))
 
+    def layer_cells(self, layer: int, sequence: int = 0) -> int:
+        """Return the cells of a sequence in which one merged layer holds something."""
+        return self._check(self._library.kvmerge_layer_cells(self._engine, sequence, layer))
+
+    def layer_bytes(self, layer: int) -> int:
+        """Return the bytes of K, V and bias of one merged layer as they are allocated."""
+        return self._check(self._library.kvmerge_layer_bytes(self._engine, layer))
+
     @contextmanager
     def media(self, modality: str) -> Iterator[None]:
         """Mark what is decoded inside as one segment of ``"image"`` or ``"audio"``."""

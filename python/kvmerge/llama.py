@@ -940,6 +940,7 @@ class Llama(StockLlama):
             merges=tuple(self._merges),
             last_merge_ms=self._merges[-1].ms if self._merges else 0.0,
             flow=tuple(flow),
+            layer_cells=tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers)),
         )
 
     def _bytes_per_cell(self) -> int:

@@ -80,6 +80,8 @@ class KVStats:
         How long the last of them took.
     flow : tuple of LayerFlow
         Cross-modal flow per layer in the last of them.
+    layer_cells : tuple of int
+        Cells that each merged layer holds.
     """
 
     tokens: int
@@ -93,6 +95,7 @@ class KVStats:
     merges: tuple[MergeRecord, ...] = ()
     last_merge_ms: float = 0.0
     flow: tuple[LayerFlow, ...] = ()
+    layer_cells: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists and numbers."""
@@ -104,6 +107,8 @@ class KVStats:
             f"positions       {self.positions}",
             f"cells held      {self.cells}",
         ]
+        if len(set(self.layer_cells)) > 1:
+            lines.append(f"  a layer       {' '.join(map(str, self.layer_cells))}")
         if self.bytes_per_cell:
             lines.append(f"KV MiB          {self.mib:.2f} (full cache: {self.mib_full:.2f})")
         if self.budget is None:
