@@ -1,9 +1,9 @@
 """Memory and decoding speed of layers that differ in size, against layers of one size.
 
-A prompt is merged to the same number of cells in all: the same for every layer (``snapkv``), falling
-with depth (``pyramid``), and the same pyramid in a cache of fixed size, where every layer stores the
-cells of the widest one. All are alive at once and generate in turns, so that a busy machine slows
-all of them alike.
+A prompt is merged to the same number of cells in all: the same for every layer (``snapkv``),
+falling with depth (``pyramid``), and the same pyramid in a cache of fixed size, where every layer
+stores the cells of the widest one. All are alive at once and generate in turns, so that a busy
+machine slows all of them alike.
 
     python benchmarks/layer_budgets.py
 """

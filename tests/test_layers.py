@@ -112,7 +112,7 @@ def test_answers_are_those_of_layers_that_store_all(
             engine = session.engine
             read(session)
             results.append([])
-            # merge, append a token, a few, many and more than there is room for; merge what was merged
+            # merge, append one token, a few, many, and more than there is room for; merge again
             for budget in (400, 300):
                 engine.merge(budget)
                 if name != "meda":
