@@ -229,6 +229,15 @@ def test_stats(llama: Factory) -> None:
     assert plain["flow"][0]["rho"] == 0.0, "one modality: nothing crosses"
 
 
+def test_stats_of_layers_that_differ(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="pyramid", kv_budget=0.4)
+    llm.create_completion(TEXT, max_tokens=2)
+    stats = llm.kv_stats()
+    assert stats.layer_cells[0] > stats.layer_cells[-1]
+    assert stats.cells == round(sum(stats.layer_cells) / len(stats.layer_cells))
+    assert f"a layer       {stats.layer_cells[0]} " in str(stats)
+
+
 def test_pickle(llama: Factory) -> None:
     llm = llama(kv_merge=kvmerge.FlowMM(theta=0.3), kv_budget=64, merge_before=3, n_batch=128)
     copy = pickle.loads(pickle.dumps(llm))
