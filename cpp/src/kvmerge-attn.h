@@ -22,8 +22,5 @@ ggml_tensor * kvmerge_build_attn(
                         float     kq_scale,
                           int     il);
 
-// Nodes that the engine of a context's memory adds to a graph at most; 0 without one.
-uint32_t kvmerge_n_nodes(struct llama_memory_i * memory, uint32_t n_tokens);
-
 // The mask with the bias of every head: [n_kv, n_tokens, n_head]. Large: for few tokens at a time.
 ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask);

@@ -136,8 +136,12 @@ static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, uint
     }
     ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
 
-    copy_cells(k, k_new, false,   n_copy);
-    copy_cells(v, v_new, v_trans, n_copy);
+    try {
+        copy_cells(k, k_new, false,   n_copy);
+        copy_cells(v, v_new, v_trans, n_copy);
+    } catch (const std::bad_alloc &) {
+        return false;
+    }
 
     k     = k_new;
     v     = v_new;
@@ -160,6 +164,21 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
     }
 
     lctx->synchronize();
+
+    // What may fail comes first: nothing has changed when it does.
+    biases         bias;
+    llama_kv_cells table_new;
+
+    if (!make_bias(n_cells, bias)) {
+        LLAMA_LOG_ERROR("%s: no memory for the bias of %u cells\n", __func__, n_cells);
+        return false;
+    }
+
+    table_new.resize(n_cells);
+    table_new.set(0, table.cp(0, n_used));
+
+    tokens   .reserve(n_cells);
+    is_merged.reserve(n_cells);
 
     // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
     // one layer is there twice.
@@ -206,11 +225,9 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     attach_tensors();
 
-    // the table
-    auto used = table.cp(0, n_used);
+    use_bias(std::move(bias));
 
-    table.resize(n_cells);
-    table.set(0, used);
+    table = std::move(table_new);
 
     cache.v_heads[0] = std::min(cache.v_heads[0], n_used);
 
@@ -220,26 +237,6 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
         for (auto & head : layer) {
             head.resize(std::min<size_t>(head.size(), n_cells));
             head.shrink_to_fit();
-        }
-    }
-
-    // bias and sums
-    std::vector<std::vector<float>> sums(layers.size());
-    for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
-        sums[l].resize(ggml_nelements(layers[l].sum));
-        ggml_backend_tensor_get(layers[l].sum, sums[l].data(), 0, ggml_nbytes(layers[l].sum));
-    }
-
-    if (!init_bias(n_cells)) {
-        throw std::bad_alloc();
-    }
-
-    for (size_t l = 0; l < layers.size(); ++l) {
-        for (int32_t h = 0; layers[l].sum && h < layers[l].n_head_kv && n_used > 0; ++h) {
-            ggml_backend_tensor_set(layers[l].sum, sums[l].data() + (size_t) h*n_before, h*layers[l].sum->nb[1], n_used*sizeof(float));
-        }
-        if (has_bias) {
-            upload_bias(l);
         }
     }
 
@@ -307,13 +304,11 @@ void kvmerge_engine::on_no_slot(const std::vector<llama_ubatch> & ubatches) {
     }
 }
 
-void kvmerge_engine::on_restore(uint32_t n_cells) {
+void kvmerge_engine::make_cells(uint64_t n_cells) {
     const auto & table = cache.get_cells(0);
 
-    const uint32_t n = round_up(table.get_used() + n_cells);
-
-    if (room.is_elastic && n > table.size() && n <= n_cells_max() && !table.get_has_shift()) {
-        resize(n);
+    if (room.is_elastic && n_cells > table.size() && n_cells <= n_cells_max() && !table.get_has_shift()) {
+        resize(std::min(n_cells_max(), round_up(n_cells)));
     }
 }
 
