@@ -259,3 +259,23 @@ def test_a_cache_for_each_sequence(make: Make, n_seq_max: int) -> None:
         read(session)
         session.engine.merge(100)
         assert np.isfinite(session.decode([1])).all()
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "split"])
+@pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
+def test_a_state_without_an_engine_goes_on(make: Make, unified: bool, whole: bool) -> None:
+    options = {"merge": None, "first_cells": 0, "n_seq_max": 2, "unified": unified}
+    with make(**options) as first, make(**options) as second:
+        first.decode(words(70, 0))
+        if unified:
+            copy(first, 0, -1, 1)  # cells of both
+            first.decode(words(20, 1), sequence=1, position=70)
+        else:
+            first.decode(words(90, 1), sequence=1, position=0)
+        assert second.restore(first.save(whole=whole), whole=whole)
+        for sequence, position in ((0, 70), (1, 90)) if whole else ((0, 70),):
+            logits = [
+                session.decode([5, 6], sequence=sequence, position=position)
+                for session in (first, second)
+            ]
+            np.testing.assert_allclose(logits[0], logits[1], atol=1e-2)

@@ -208,6 +208,8 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
             }
             attach_tensors();
 
+            version++; // graphs know the tensors that were there
+
             return false;
         }
 
