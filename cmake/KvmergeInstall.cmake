@@ -34,7 +34,9 @@ foreach(target IN LISTS kvmerge_libraries)
     set_target_properties(${target} PROPERTIES
         BUILD_WITH_INSTALL_RPATH ON
         INSTALL_RPATH "${kvmerge_rpath}")
-    if(KVMERGE_DEV)
+    if(KVMERGE_SANITIZE)
+        set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
+    elseif(KVMERGE_DEV)
         set_target_properties(${target} PROPERTIES
             LIBRARY_OUTPUT_DIRECTORY "${PROJECT_SOURCE_DIR}/python/kvmerge/lib")
     endif()

@@ -12,14 +12,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a Llama-type decoder.
+    """Shape of a decoder.
 
     Attributes
     ----------
+    arch
+        ``"llama"``; ``"gemma3"``: every other layer, from the first on, has a sliding window of 64
+        tokens; ``"lfm2"``: every other layer, from the first on, is a short convolution.
     layers, heads, heads_kv, head_size, ffn, vocab, context
         As in the GGUF metadata; the embedding has ``heads * head_size`` values.
     """
 
+    arch: str = "llama"
     layers: int = 3
     heads: int = 4
     heads_kv: int = 2
@@ -58,14 +62,21 @@ def write_random_model(
         Order of the KV heads, each with its group of query heads: the model says the same in any.
     """
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name("random")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.embedding)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.ffn)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.heads_kv)
+    if shape.arch == "lfm2":
+        writer.add_shortconv_l_cache(3)
+        writer.add_head_count_kv([shape.heads_kv * (i % 2) for i in range(shape.layers)])
+    else:
+        writer.add_head_count_kv(shape.heads_kv)
+    if shape.arch == "gemma3":
+        writer.add_sliding_window(64)
+        writer.add_sliding_window_pattern(2)
     writer.add_rope_dimension_count(shape.head_size)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -87,22 +98,35 @@ def write_random_model(
             packed = gguf.quantize(weights, quantization)
             writer.add_tensor(name, packed, raw_dtype=quantization)
 
-    def norm(name: str) -> None:
-        writer.add_tensor(name, np.ones(shape.embedding, dtype=np.float32))
+    def norm(name: str, size: int = shape.embedding) -> None:
+        writer.add_tensor(name, np.ones(size, dtype=np.float32))
 
+    has_head_norms = shape.arch in ("gemma3", "lfm2")
     kv = shape.heads_kv * shape.head_size
     matrix("token_embd.weight", shape.vocab, shape.embedding, gain=shape.embedding**0.5)
     matrix("output.weight", shape.vocab, shape.embedding)
-    norm("output_norm.weight")
+    norm("token_embd_norm.weight" if shape.arch == "lfm2" else "output_norm.weight")
     for layer in range(shape.layers):
         block = f"blk.{layer}"
         norm(f"{block}.attn_norm.weight")
         norm(f"{block}.ffn_norm.weight")
-        # a gain on Q and K makes attention uneven, as it is in trained models
-        matrix(f"{block}.attn_q.weight", shape.embedding, shape.embedding, gain=1.5, heads=0)
-        matrix(f"{block}.attn_k.weight", kv, shape.embedding, gain=1.5, heads=0)
-        matrix(f"{block}.attn_v.weight", kv, shape.embedding, heads=0)
-        matrix(f"{block}.attn_output.weight", shape.embedding, shape.embedding, heads=1)
+        if shape.arch == "gemma3":
+            norm(f"{block}.post_attention_norm.weight")
+            norm(f"{block}.post_ffw_norm.weight")
+        if shape.arch == "lfm2" and layer % 2 == 0:
+            matrix(f"{block}.shortconv.in_proj.weight", 3 * shape.embedding, shape.embedding)
+            matrix(f"{block}.shortconv.out_proj.weight", shape.embedding, shape.embedding)
+            kernel = rng.standard_normal((shape.embedding, 3), dtype=np.float32)
+            writer.add_tensor(f"{block}.shortconv.conv.weight", kernel)
+        else:
+            # a gain on Q and K makes attention uneven, as it is in trained models
+            matrix(f"{block}.attn_q.weight", shape.embedding, shape.embedding, gain=1.5, heads=0)
+            matrix(f"{block}.attn_k.weight", kv, shape.embedding, gain=1.5, heads=0)
+            matrix(f"{block}.attn_v.weight", kv, shape.embedding, heads=0)
+            matrix(f"{block}.attn_output.weight", shape.embedding, shape.embedding, heads=1)
+            if has_head_norms:
+                norm(f"{block}.attn_q_norm.weight", shape.head_size)
+                norm(f"{block}.attn_k_norm.weight", shape.head_size)
         matrix(f"{block}.ffn_gate.weight", shape.ffn, shape.embedding)
         matrix(f"{block}.ffn_up.weight", shape.ffn, shape.embedding)
         matrix(f"{block}.ffn_down.weight", shape.embedding, shape.ffn)

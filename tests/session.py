@@ -47,7 +47,7 @@ class Session:
         Type of K and V.
     flash_attention
         Whether attention is fused; a quantized V needs it.
-    n_ctx, n_batch
+    n_ctx, n_batch, n_seq_max, unified, swa_full, n_rs_seq
         As in llama.cpp.
     first_cells
         Cells that the cache begins with; 0: ``n_ctx``.
@@ -63,6 +63,9 @@ class Session:
         n_ctx: int = 1024,
         n_batch: int = 512,
         n_seq_max: int = 1,
+        unified: bool = True,
+        swa_full: bool = True,
+        n_rs_seq: int = 0,
         threads: int = 1,
         first_cells: int = 0,
     ) -> None:
@@ -75,7 +78,9 @@ class Session:
         context.n_ctx = n_ctx
         context.n_batch = context.n_ubatch = n_batch
         context.n_seq_max = n_seq_max
-        context.kv_unified = True
+        context.kv_unified = unified
+        context.swa_full = swa_full
+        context.n_rs_seq = n_rs_seq
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = GGML_TYPES[cache_type]
         context.flash_attn_type = 1 if flash_attention else 0
@@ -101,6 +106,10 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and the model."""
         llama_cpp.llama_free(self.context)
         llama_cpp.llama_model_free(self.model)
 

@@ -72,8 +72,10 @@ def test_completion_merges(llama: Factory, caplog: pytest.LogCaptureFixture) -> 
     assert stats.cells == stats.merges[0].cells_after + stats.tokens - len(tokens)
     assert stats.last_merge_ms > 0
     assert len(caplog.messages) == 1
+    n = len(tokens)
     line = (
-        rf"merged {len(tokens)} cells into {stats.merges[0].cells_after} .* MiB into .* MiB, .* ms"
+        rf"merged {n} cells into {stats.merges[0].cells_after} \({n} tokens, {n} positions\), "
+        r".* MiB into .* MiB, .* ms"
     )
     assert re.fullmatch(line, caplog.messages[0])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +69,19 @@ def test_cut_after_pictures(mrope: Factory, prompt: pocket.Prompt) -> None:
     assert answer(llm, prompt.messages(1)) == answer(mrope(), prompt.messages(1))
 
 
-def test_merged_conversation(mrope: Factory, prompt: pocket.Prompt) -> None:
+def test_merged_conversation(
+    mrope: Factory, prompt: pocket.Prompt, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvmerge")
     llm, answers = mrope(kv_merge="flowmm", kv_budget=0.3), []
     for question in range(4):
         answers.append(answer(llm, prompt.messages(question, answers), max_tokens=5))
     stats = llm.kv_stats()
     assert len(stats.merges) == 4
     assert stats.cells < stats.positions < stats.tokens
+    line = [message for message in caplog.messages if message.startswith("merged")][-1]
+    tokens, positions = map(int, re.findall(r"(\d+) tokens, (\d+) positions", line)[0])
+    assert stats.merges[-1].cells_before < positions < tokens == stats.merges[-1].tokens
 
 
 def test_tokens_count_against_n_ctx(mrope: Factory) -> None:

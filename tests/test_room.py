@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import kvmerge
 from kvmerge.errors import OptionError
 from kvmerge.policies import PRESETS, FlowMM
 from random_model import Shape, write_random_model
@@ -184,3 +188,66 @@ def test_a_state_is_restored_into_a_small_cache(model: Path) -> None:
             assert session.engine.size() == 768
             np.testing.assert_array_equal(session.decode([7], position=session.position), expected)
             session.remove(session.position, -1)
+
+
+WITHOUT_MEMORY = """
+import ctypes, re, resource, sys
+from pathlib import Path
+import numpy as np
+from kvmerge.policies import PRESETS
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
+from test_room import words
+
+model = write_random_model(Path(sys.argv[1]), Shape("llama", 3, 16, 16, 4, 64, 512))
+options = dict(
+    merge=PRESETS["h2o"].engine_params(), n_ctx=4352, n_batch=256, cache_type="f32",
+    flash_attention=False, first_cells=256,
+)
+with Session(model, **options) as session, Session(model, **options) as large:
+    for i in range(16):
+        large.decode(words(256, i))
+    state = large.save()
+    data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    session.decode(words(200))
+    session.decode(words(200, 1))
+    session.engine.merge(150)
+    session.decode(words(200, 2))
+    own, expected = session.save(), session.decode([7], position=session.position)
+    untouched = lost = 0
+    for extra in range(300, 20000, 250):
+        used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, ((used + extra) * 1024, resource.RLIM_INFINITY))
+        restored = llama_cpp.llama_state_seq_set_data(session.context, data, len(state), 0) > 0
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if restored:
+            break
+        if session.engine.n_cells():
+            untouched += 1
+            assert session.remove(session.position, -1)
+        else:
+            # there was memory for the cells, and then none to read them
+            lost += 1
+            assert session.restore(own)
+        found = session.decode([7], position=session.position)
+        np.testing.assert_allclose(found, expected, atol=2e-2)
+    at = large.position
+    same = session.decode([7], position=at) == large.decode([7], position=at)
+    assert restored and same.all()
+    print(untouched, lost)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_without_memory_to_grow_nothing_changes(tmp_path: Path) -> None:
+    """Wherever on the way the memory ends: at the bias, or at any layer's keys and values."""
+    paths = [str(Path(kvmerge.__file__).parents[1]), str(Path(__file__).parent)]
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path / "model.gguf")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert int(process.stdout.split()[0]) > 1

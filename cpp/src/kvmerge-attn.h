@@ -22,9 +22,6 @@ ggml_tensor * kvmerge_build_attn(
                         float     kq_scale,
                           int     il);
 
-// Nodes that the engine of a context's memory adds to a graph at most; 0 without one.
-uint32_t kvmerge_n_nodes(struct llama_memory_i * memory, uint32_t n_tokens);
-
 // Keys or values of new tokens go into the cache. Not all layers may store the first cells, so the indices count from the
 // first cell that all of them store, kvmerge_n_low() (0 without an engine): they are the same for all layers.
 uint32_t      kvmerge_n_low      (const kvmerge_engine * engine);

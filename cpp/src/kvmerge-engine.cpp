@@ -28,6 +28,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
 
 //
@@ -52,10 +53,22 @@ static llama_kv_cache * find_cache(llama_memory_i * memory) {
     return nullptr;
 }
 
-uint32_t kvmerge_n_nodes(llama_memory_i * memory, uint32_t n_tokens) {
+static kvmerge_engine * find_engine(llama_memory_i * memory) {
     const llama_kv_cache * cache = find_cache(memory);
 
-    return cache && cache->get_merge() ? cache->get_merge()->n_nodes(n_tokens) : 0;
+    return cache ? cache->get_merge() : nullptr;
+}
+
+uint32_t kvmerge_n_nodes(llama_memory_i * memory, uint32_t n_tokens) {
+    const auto * engine = find_engine(memory);
+
+    return engine ? engine->n_nodes(n_tokens) : 0;
+}
+
+bool kvmerge_may_remove(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const auto * engine = find_engine(memory);
+
+    return !engine || engine->may_remove(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
 }
 
 static kvmerge_status check_params(const kvmerge_params & params) {
@@ -211,7 +224,6 @@ static bool alloc_beside_keys(
         make(ctx.get(), l);
     }
 
-    bufs.clear();
     for (auto & [buft, ctx] : ctxs) {
         ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
 
@@ -266,9 +278,13 @@ kvmerge_status kvmerge_engine::init_layers() {
         ggml_format_name(layer.q, "kvmerge_q_l%d", layer.il);
     };
 
-    if (!alloc_beside_keys(layers, make_q, bufs_q) || !init_bias(cache.get_size())) {
+    biases bias;
+
+    if (!alloc_beside_keys(layers, make_q, bufs_q) || !make_bias(cache.get_size(), std::vector<uint32_t>(layers.size()), bias)) {
         return kvmerge_error(KVMERGE_ERROR_MEMORY, "failed to allocate the buffers of the observed queries and of the bias");
     }
+
+    use_bias(std::move(bias));
 
     flows.resize(layers.size());
     merged.resize(layers.size());
@@ -287,24 +303,58 @@ kvmerge_status kvmerge_engine::init_layers() {
     return KVMERGE_OK;
 }
 
-bool kvmerge_engine::init_bias(uint32_t n_cells) {
+bool kvmerge_engine::make_bias(uint32_t n_cells, const std::vector<uint32_t> & first, biases & out) const {
     const bool flash_attn = lctx->get_cparams().flash_attn;
 
-    const auto make_bias = [&](ggml_context * ctx, size_t l) {
-        auto & layer = layers[l];
+    out.bias.resize(layers.size());
+    out.sum .resize(layers.size());
 
-        const int64_t n_rows = n_cells - layer.first;
+    const auto make = [&](ggml_context * ctx, size_t l) {
+        const auto & layer = layers[l];
 
-        layer.bias = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_rows, layer.n_head_kv);
-        ggml_format_name(layer.bias, "kvmerge_bias_l%d", layer.il);
+        const int64_t n_rows = n_cells - first[l];
 
-        if (params.score == KVMERGE_SCORE_ALL) {
-            layer.sum = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, layer.n_head_kv);
-            ggml_format_name(layer.sum, "kvmerge_sum_l%d", layer.il);
+        out.bias[l] = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_rows, layer.n_head_kv);
+        ggml_format_name(out.bias[l], "kvmerge_bias_l%d", layer.il);
+
+        if (params.score == KVMERGE_SCORE_ALL || layer.sum) {
+            out.sum[l] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, layer.n_head_kv);
+            ggml_format_name(out.sum[l], "kvmerge_sum_l%d", layer.il);
         }
     };
 
-    return alloc_beside_keys(layers, make_bias, bufs_bias);
+    if (!alloc_beside_keys(layers, make, out.bufs)) {
+        return false;
+    }
+
+    for (size_t l = 0; l < layers.size(); ++l) {
+        if (has_bias) {
+            upload_bias(l, out.bias[l], first[l]);
+        }
+        if (const auto * sum = layers[l].sum) {
+            std::vector<float> values(ggml_nelements(sum));
+            ggml_backend_tensor_get(sum, values.data(), 0, ggml_nbytes(sum));
+
+            const uint32_t i_first = std::max(layers[l].first, first[l]);
+            const uint32_t i_last  = std::min<uint32_t>(layers[l].first + sum->ne[0], n_cells);
+
+            for (int32_t h = 0; h < layers[l].n_head_kv && i_first < i_last; ++h) {
+                ggml_backend_tensor_set(out.sum[l], values.data() + h*sum->ne[0] + i_first - layers[l].first,
+                        h*out.sum[l]->nb[1] + (i_first - first[l])*sizeof(float), (i_last - i_first)*sizeof(float));
+            }
+        }
+    }
+
+    return true;
+}
+
+void kvmerge_engine::use_bias(biases && next) {
+    for (size_t l = 0; l < layers.size(); ++l) {
+        layers[l].bias = next.bias[l];
+        layers[l].sum  = next.sum [l];
+    }
+
+    bufs_bias = std::move(next.bufs);
 }
 
 void kvmerge_engine::keep_plans(bool keep) {
@@ -456,26 +506,42 @@ void kvmerge_engine::on_clear() {
     shrink();
 }
 
-bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+// all that the sequence holds
+static bool is_whole(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return p0 <= cells.seq_pos_min(seq_id) && p1 > cells.seq_pos_max(seq_id);
+}
+
+bool kvmerge_engine::may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     const auto & cells = cache.get_cells(0);
 
     const int32_t first = seq_id < 0 ? 0                : seq_id;
     const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
 
-    const auto is_whole = [&](int32_t s) { return p0 <= cells.seq_pos_min(s) && p1 > cells.seq_pos_max(s); };
-
     for (int32_t s = first; s < last; ++s) {
-        if (cells.seq_pos_min(s) >= 0 && !is_whole(s) && p0 < sequences[s].pos_merged) {
+        if (cells.seq_pos_min(s) >= 0 && !is_whole(cells, s, p0, p1) && p0 < sequences[s].pos_merged) {
             return false;
         }
     }
+
+    return true;
+}
+
+bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (!may_remove(seq_id, p0, p1)) {
+        return false;
+    }
+
+    const auto & cells = cache.get_cells(0);
+
+    const int32_t first = seq_id < 0 ? 0                : seq_id;
+    const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
 
     for (int32_t s = first; s < last; ++s) {
         if (cells.seq_pos_min(s) < 0) {
             continue;
         }
 
-        if (is_whole(s)) {
+        if (is_whole(cells, s, p0, p1)) {
             forget(s);
         } else if (p1 > cells.seq_pos_max(s)) {
             // the tail goes
@@ -516,8 +582,20 @@ void kvmerge_engine::on_seq_keep(llama_seq_id seq_id) {
 }
 
 void kvmerge_engine::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
-    sequences[seq_id_dst] = sequences[seq_id_src];
+    auto & dst = sequences[seq_id_dst];
+
+    dst = sequences[seq_id_src];
     observer.copy(seq_id_src, seq_id_dst);
+
+    const auto & cells = cache.get_cells(0);
+
+    if (cells.seq_pos_max(seq_id_dst) < cells.seq_pos_max(seq_id_src)) {
+        // only a beginning was copied
+        dst.n_seen = 0;
+        for (const auto & [pos, idx] : cells.seq_pos_get(seq_id_dst)) {
+            dst.n_seen = std::max(dst.n_seen, tokens[idx].order + 1);
+        }
+    }
 }
 
 //
@@ -642,23 +720,21 @@ const kvmerge_cell & kvmerge_engine::cell(uint32_t idx, size_t layer, int32_t he
     return is_merged[idx] ? merged[layer][head][idx] : tokens[idx];
 }
 
-void kvmerge_engine::upload_bias(size_t l) {
-    const auto & layer = layers[l];
+void kvmerge_engine::upload_bias(size_t l, ggml_tensor * dst, uint32_t first) const {
+    std::vector<float> bias(ggml_nelements(dst));
 
-    std::vector<float> bias(layer.bias->ne[0]*layer.bias->ne[1]);
-
-    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
-        for (uint32_t i = layer.first; i < is_merged.size(); ++i) {
-            bias[h*layer.bias->ne[0] + i - layer.first] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
+    for (int64_t h = 0; h < dst->ne[1]; ++h) {
+        for (size_t i = first; i < std::min<size_t>(is_merged.size(), first + dst->ne[0]); ++i) {
+            bias[h*dst->ne[0] + i - first] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
         }
     }
 
-    if (layer.bias->type == GGML_TYPE_F16) {
+    if (dst->type == GGML_TYPE_F16) {
         std::vector<ggml_fp16_t> half(bias.size());
         ggml_fp32_to_fp16_row(bias.data(), half.data(), bias.size());
-        ggml_backend_tensor_set(layer.bias, half.data(), 0, ggml_nbytes(layer.bias));
+        ggml_backend_tensor_set(dst, half.data(), 0, ggml_nbytes(dst));
     } else {
-        ggml_backend_tensor_set(layer.bias, bias.data(), 0, ggml_nbytes(layer.bias));
+        ggml_backend_tensor_set(dst, bias.data(), 0, ggml_nbytes(dst));
     }
 }
 
@@ -904,7 +980,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     stats.t_fold_us      = t_end   - t_match;
     stats.t_total_us     = t_end   - t_start;
 
-    LLAMA_LOG_INFO("%s: sequence %d: %zu -> %zu cells in %.1f ms\n", __func__, seq_id, cells.size(), n_after, stats.t_total_us/1000.0);
+    LLAMA_LOG_INFO("%s: sequence %d: %d tokens, %d positions, %zu -> %zu cells in %.1f ms\n", __func__, seq_id,
+            stats.n_tokens, cache.seq_pos_max(seq_id) + 1, cells.size(), n_after, stats.t_total_us/1000.0);
 
     return KVMERGE_OK;
 }

@@ -19,7 +19,16 @@ class  llama_kv_cache;
 class  llama_io_read_i;
 class  llama_io_write_i;
 struct llama_context;
+struct llama_memory_i;
 struct llama_ubatch;
+
+// For a context's memory, whatever it consists of. Without an engine: 0 and true.
+
+// nodes that the engine adds to a graph at most
+uint32_t kvmerge_n_nodes(llama_memory_i * memory, uint32_t n_tokens);
+
+// whether positions [p0, p1) of a sequence can be removed; asked before any part of the memory has changed
+bool kvmerge_may_remove(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
 // one layer of the cache, as the steps see it
 struct kvmerge_layer {
@@ -70,13 +79,15 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     //
 
     void on_clear();
-    bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: the range cuts into merged cells
+    bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: see may_remove(); nothing has changed
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
     void on_seq_keep(llama_seq_id seq_id);
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
     void on_no_slot(const std::vector<llama_ubatch> & ubatches); // the next update makes room for them
     bool on_update(llama_context * lctx);
-    void on_restore(uint32_t n_cells); // a state of so many cells is about to be read
+
+    // a state of n_cells cells is about to be read; throws like llama_kv_cache when they do not fit
+    void on_restore(llama_seq_id seq_id, uint32_t n_cells);
 
     // The stream without K and V of the cells that a layer does not store. What is written with the one has to be read
     // with the other.
@@ -90,6 +101,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     // bytes of K, V, bias and sums as they are allocated
     int64_t bytes() const;
+
+    // false: positions [p0, p1) cut into merged cells
+    bool may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     bool is_pending() const { return pending.n_cells > 0 || n_wanted > 0 || is_restored; }
 
@@ -146,8 +160,18 @@ private:
 
     kvmerge_status init_layers();
 
-    // buffers of the bias and the sums for the cells that the layers store of n_cells, empty
-    bool init_bias(uint32_t n_cells);
+    // The bias and the sums of all layers for n_cells cells, of which each layer stores those from first[layer] on, and
+    // their buffers: what is in both is taken over from the ones that are used now. use_bias() then takes their place.
+    // false: there is no memory for them.
+    struct biases {
+        std::vector<ggml_tensor *> bias; // [layer]
+        std::vector<ggml_tensor *> sum;  // [layer], nullptr unless KVMERGE_SCORE_ALL was chosen
+
+        std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
+    };
+
+    bool make_bias(uint32_t n_cells, const std::vector<uint32_t> & first, biases & out) const;
+    void use_bias (biases && next);
 
     // n_most: cells that no layer exceeds, where layers differ
     kvmerge_status run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most);
@@ -164,6 +188,9 @@ private:
 
     // let n_tokens more fit: more cells up to the most there may be, then merging
     bool make_room(uint32_t n_tokens);
+
+    // so many cells, where the cache may grow that far and there is memory for them
+    void make_cells(uint64_t n_cells);
 
     // no more cells than are needed
     void shrink();
@@ -197,7 +224,8 @@ private:
     // one, so they are wiped here; until then they are masked. true: its bias has to be uploaded.
     bool wipe(uint32_t idx);
 
-    void upload_bias(size_t layer);
+    void upload_bias(size_t layer, ggml_tensor * dst, uint32_t first) const; // dst: of the cells from first on
+    void upload_bias(size_t layer) { upload_bias(layer, layers[layer].bias, layers[layer].first); }
 
     // the attention that the cells got from all queries: into plan.score, and back for the merged cells
     void load_sums (size_t layer, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) const;

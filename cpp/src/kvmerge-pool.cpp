@@ -1,6 +1,7 @@
 #include "kvmerge-pool.h"
 
 #include <algorithm>
+#include <cmath>
 
 void kvmerge_pool(kvmerge_plan & plan, const kvmerge_params & params) {
     const int32_t n = plan.cells.size();
@@ -9,6 +10,10 @@ void kvmerge_pool(kvmerge_plan & plan, const kvmerge_params & params) {
         for (int32_t i = 0; i < n; ++i) {
             plan.score[i] *= plan.value_norm[i];
         }
+    }
+
+    for (float & score : plan.score) {
+        score = std::isfinite(score) ? score : 0.0f; // sorting is undefined with NaN
     }
 
     if (params.n_pool <= 1) {

@@ -154,9 +154,13 @@ static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, cell
 
     const uint32_t first = std::max(before.first, after.first);
 
-    if (first < n_used) {
-        copy_cells(k, k_new, false,   first - before.first, first - after.first, n_used - first);
-        copy_cells(v, v_new, v_trans, first - before.first, first - after.first, n_used - first);
+    try {
+        if (first < n_used) {
+            copy_cells(k, k_new, false,   first - before.first, first - after.first, n_used - first);
+            copy_cells(v, v_new, v_trans, first - before.first, first - after.first, n_used - first);
+        }
+    } catch (const std::bad_alloc &) {
+        return false;
     }
 
     k     = k_new;
@@ -209,6 +213,25 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
     lctx->synchronize();
 
+    // What may fail comes first: nothing has changed when it does.
+    biases         bias;
+    llama_kv_cells table_new;
+
+    if (!make_bias(n_cells, first, bias)) {
+        LLAMA_LOG_ERROR("%s: no memory for the bias of %u cells\n", __func__, n_cells);
+        return false;
+    }
+
+    if (n_cells != n_before) {
+        GGML_ASSERT(!table.get_has_shift());
+
+        table_new.resize(n_cells);
+        table_new.set(0, table.cp(0, n_used));
+    }
+
+    tokens   .reserve(n_cells);
+    is_merged.reserve(n_cells);
+
     // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
     // one layer is there twice.
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_layers);
@@ -237,6 +260,8 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
             }
             attach_tensors();
 
+            version++; // graphs know the tensors that were there
+
             return false;
         }
 
@@ -254,14 +279,14 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
     attach_tensors();
 
-    // the table
+    use_bias(std::move(bias));
+
+    for (size_t l = 0; l < n_layers; ++l) {
+        layers[l].first = first[l];
+    }
+
     if (n_cells != n_before) {
-        GGML_ASSERT(!table.get_has_shift());
-
-        auto used = table.cp(0, n_used);
-
-        table.resize(n_cells);
-        table.set(0, used);
+        table = std::move(table_new);
     }
 
     n_low            = *std::max_element(first.begin(), first.end());
@@ -273,33 +298,6 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
         for (auto & head : layer) {
             head.resize(std::min<size_t>(head.size(), n_cells));
             head.shrink_to_fit();
-        }
-    }
-
-    // bias and sums
-    std::vector<std::vector<float>> sums(layers.size());
-    for (size_t l = 0; l < layers.size(); ++l) {
-        if (layers[l].sum) {
-            sums[l].resize(ggml_nelements(layers[l].sum));
-            ggml_backend_tensor_get(layers[l].sum, sums[l].data(), 0, ggml_nbytes(layers[l].sum));
-        }
-
-        layers[l].first = first[l];
-    }
-
-    if (!init_bias(n_cells)) {
-        throw std::bad_alloc();
-    }
-
-    for (size_t l = 0; l < layers.size(); ++l) {
-        const uint32_t i = std::max(before[l].first, after[l].first);
-
-        for (int32_t h = 0; layers[l].sum && h < layers[l].n_head_kv && i < n_used; ++h) {
-            ggml_backend_tensor_set(layers[l].sum, sums[l].data() + (size_t) h*before[l].size() + i - before[l].first,
-                    h*layers[l].sum->nb[1] + (i - after[l].first)*sizeof(float), (n_used - i)*sizeof(float));
-        }
-        if (has_bias) {
-            upload_bias(l);
         }
     }
 
@@ -370,13 +368,13 @@ void kvmerge_engine::on_no_slot(const std::vector<llama_ubatch> & ubatches) {
     }
 }
 
-void kvmerge_engine::on_restore(uint32_t n_cells) {
+void kvmerge_engine::make_cells(uint64_t n_cells) {
     const auto & table = cache.get_cells(0);
 
-    uint32_t n = round_up(table.get_used() + n_cells);
+    uint32_t n = table.size();
 
-    if (!room.is_elastic || n < table.size() || n > n_cells_max() || table.get_has_shift()) {
-        n = table.size();
+    if (room.is_elastic && n_cells > n && n_cells <= n_cells_max() && !table.get_has_shift()) {
+        n = std::min(n_cells_max(), round_up(n_cells));
     }
 
     // it is not known yet which cells the layers hold, and the tensors are filled when the whole state is read

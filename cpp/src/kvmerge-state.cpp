@@ -1,7 +1,10 @@
-// The engine's part of a saved state: what the cells stand for, and the observed queries.
+// A check of the table of cells in a saved state, and the engine's part of it: what the cells stand for, and the observed
+// queries.
 //
 // It lies around the cells of llama_kv_cache in the same stream, and only when an engine is attached: without one the
 // format is llama.cpp's own. In front stands how many of the cells each layer does not store; their K and V are left out.
+
+#include "kvmerge-state.h"
 
 #include "kvmerge-engine.h"
 
@@ -10,11 +13,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
 static constexpr uint32_t STATE_VERSION = 2;
+
+// of tokens, positions and segments: beyond any context, and they can still be counted on
+static constexpr int32_t MAX_COUNT = 1 << 30;
 
 template <typename T>
 static void write(llama_io_write_i & io, const T & value) {
@@ -31,7 +38,7 @@ static T read(llama_io_read_i & io) {
 }
 
 [[noreturn]] static void refuse(const std::string & reason) {
-    throw std::runtime_error("the saved state of merged cells cannot be used: " + reason);
+    throw std::runtime_error("the saved state cannot be used: " + reason);
 }
 
 //
@@ -193,6 +200,10 @@ static void write_cell(llama_io_write_i & io, const kvmerge_cell & cell) {
     write(io, cell.modality);
 }
 
+static bool is_count(int64_t value) {
+    return value >= 0 && value <= MAX_COUNT;
+}
+
 static kvmerge_cell read_cell(llama_io_read_i & io) {
     kvmerge_cell cell;
 
@@ -202,19 +213,109 @@ static kvmerge_cell read_cell(llama_io_read_i & io) {
     cell.bias     = read<float>  (io);
     cell.modality = read<uint8_t>(io);
 
-    if (cell.modality >= kvmerge_observer::n_modalities || !(cell.mass >= 0) || std::isnan(cell.bias) || cell.order < -1) {
+    const bool is_empty = cell.order == -1 && cell.mass == 0 && cell.bias == -INFINITY;
+    const bool is_used  = is_count(cell.order) && cell.mass >= 0 && cell.mass <= MAX_COUNT && std::isfinite(cell.bias);
+
+    if (!(is_empty || is_used) || !is_count(cell.segment) || cell.modality >= kvmerge_observer::n_modalities) {
         refuse("a cell is damaged");
     }
 
     return cell;
 }
 
+//
+// the table of cells
+//
+
+namespace {
+
+// what was read ahead
+class kvmerge_read_again : public llama_io_read_i {
+public:
+    void read(void * dst, size_t size) override {
+        GGML_ASSERT(pos + size <= data.size());
+
+        std::copy_n(data.begin() + pos, size, (uint8_t *) dst);
+        pos += size;
+    }
+
+    void read_tensor(ggml_tensor *, size_t, size_t) override {
+        GGML_ABORT("the table of cells has no tensors");
+    }
+
+    size_t n_bytes() override { return pos; }
+
+    template <typename T>
+    T read_ahead(llama_io_read_i & io) {
+        const T value = ::read<T>(io);
+
+        data.insert(data.end(), (const uint8_t *) &value, (const uint8_t *) (&value + 1));
+
+        return value;
+    }
+
+private:
+    std::vector<uint8_t> data;
+    size_t               pos = 0;
+};
+
+}
+
+std::unique_ptr<llama_io_read_i> kvmerge_check_table(
+        llama_io_read_i & io, llama_seq_id seq_id, uint32_t n_cells, uint32_t n_seq_max, bool has_ext) {
+    auto res = std::make_unique<kvmerge_read_again>();
+
+    for (uint32_t i = 0; i < n_cells; ++i) {
+        const auto pos   = res->read_ahead<llama_pos>(io);
+        const auto n_seq = res->read_ahead<uint32_t> (io);
+
+        if (!is_count(pos) || n_seq < 1 || n_seq > (seq_id >= 0 ? 1 : n_seq_max)) {
+            refuse("a cell has position " + std::to_string(pos) + " in " + std::to_string(n_seq) + " sequences");
+        }
+        if (has_ext) {
+            res->read_ahead<llama_kv_cell_ext>(io);
+        }
+
+        llama_seq_id last = -1;
+        for (uint32_t j = 0; j < n_seq; ++j) {
+            const auto cur = res->read_ahead<llama_seq_id>(io);
+
+            if (seq_id < 0 && (cur <= last || (uint32_t) cur >= n_seq_max)) { // they are written in ascending order
+                refuse("a cell is of sequence " + std::to_string(cur));
+            }
+            last = cur;
+        }
+    }
+
+    return res;
+}
+
+void kvmerge_engine::on_restore(llama_seq_id seq_id, uint32_t n_cells) {
+    const auto & table = cache.get_cells(0);
+
+    // what is there now and stays
+    uint32_t n_other = 0;
+    for (uint32_t i = 0; i < table.size(); ++i) {
+        n_other += !table.is_empty(i) && !(seq_id >= 0 && table.seq_has(i, seq_id) && table.seq_count(i) == 1);
+    }
+
+    make_cells((uint64_t) n_other + n_cells);
+
+    if (n_cells > table.size() - n_other) {
+        refuse("there is no room for its " + std::to_string(n_cells) + " cells next to " + std::to_string(n_other));
+    }
+}
+
+//
+// the engine's part
+//
+
 void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
     const auto cells = saved_cells(seq_id);
 
     write(io, params.n_window);
     write(io, params.n_flow_rows);
-    write(io, layers[0].sum != nullptr);
+    write(io, (uint8_t) (layers[0].sum != nullptr));
     for (const auto & layer : layers) {
         write(io, layer.n_head);
         write(io, layer.n_head_kv);
@@ -288,7 +389,7 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
 }
 
 void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells) {
-    if (read<int32_t>(io) != params.n_window || read<int32_t>(io) != params.n_flow_rows || read<bool>(io) != (layers[0].sum != nullptr)) {
+    if (read<int32_t>(io) != params.n_window || read<int32_t>(io) != params.n_flow_rows || read<uint8_t>(io) != (layers[0].sum != nullptr)) {
         refuse("it was saved with another policy (window, flow rows or score over all queries)");
     }
     for (const auto & layer : layers) {
@@ -296,30 +397,59 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
             refuse("it is of another model (heads of layer " + std::to_string(layer.il) + ")");
         }
     }
-    const auto stats_saved = read<kvmerge_stats>(io);
-    auto       flows_saved = flows;
+    // Everything is read before anything changes.
+
+    auto stats_saved = read<kvmerge_stats>(io);
+    auto flows_saved = flows;
     for (auto & flow : flows_saved) {
         flow = read<kvmerge_flow>(io);
+
+        if (!(std::isfinite(flow.rho) && std::isfinite(flow.text_to_media) && std::isfinite(flow.media_to_text))) {
+            refuse("the flow between modalities is damaged");
+        }
+    }
+    for (int32_t count : { stats_saved.n_merges, stats_saved.n_tokens, stats_saved.n_cells_before, stats_saved.n_cells_after, stats_saved.n_guarded }) {
+        if (!is_count(count)) {
+            refuse("the figures of the last merge are damaged");
+        }
+    }
+    for (int64_t value : { stats_saved.bytes_after, stats_saved.t_score_us, stats_saved.t_match_us, stats_saved.t_fold_us, stats_saved.t_total_us }) {
+        if (value < 0) {
+            refuse("the figures of the last merge are damaged");
+        }
+    }
+    if (stats_saved.n_layers != stats.n_layers || stats_saved.n_heads != stats.n_heads || stats_saved.bytes_per_cell != stats.bytes_per_cell) {
+        refuse("it is of another model or of other cache types");
     }
 
     if (const auto found = read<uint32_t>(io); found != cells.size()) {
         refuse("it describes " + std::to_string(found) + " cells of " + std::to_string(cells.size()));
     }
 
-    for (uint32_t idx : cells) {
-        tokens[idx]    = read_cell(io);
-        is_merged[idx] = read<uint8_t>(io) != 0;
+    struct saved_cell {
+        kvmerge_cell token;
+        std::vector<std::vector<kvmerge_cell>> merged; // [layer][head], empty: it is not merged
+    };
 
-        for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
+    std::vector<saved_cell> cells_saved;
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        saved_cell cell { read_cell(io), {} };
+
+        const auto is_merged_saved = read<uint8_t>(io);
+
+        if (cell.token.order < 0 || is_merged_saved > 1) {
+            refuse("a cell is damaged");
+        }
+
+        for (size_t l = 0; is_merged_saved && l < layers.size(); ++l) {
+            cell.merged.emplace_back();
             for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
-                auto & dst = merged[l][h];
-
-                dst.resize(std::max<size_t>(dst.size(), idx + 1));
-                dst[idx] = read_cell(io);
-
-                has_bias = has_bias || dst[idx].bias != 0.0f;
+                cell.merged[l].push_back(read_cell(io));
             }
         }
+
+        cells_saved.push_back(std::move(cell));
     }
 
     for (auto & layer : layers) {
@@ -339,19 +469,34 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
         refuse("it is of another number of sequences");
     }
 
+    struct saved_sequence {
+        sequence seq;
+        int64_t  counts[kvmerge_observer::n_modalities];
+        std::vector<std::pair<int32_t, kvmerge_row>> rows; // slot, row
+    };
+
+    std::vector<saved_sequence> sequences_saved(last - first);
+
     for (int32_t s = first; s < last; ++s) {
-        auto & cur = sequences[s];
+        auto & cur = sequences_saved[s - first];
 
-        cur.n_seen     = read<int32_t>  (io);
-        cur.segment    = read<int32_t>  (io);
-        cur.modality   = read<uint8_t>  (io);
-        cur.pos_merged = read<llama_pos>(io);
+        cur.seq.n_seen     = read<int32_t>  (io);
+        cur.seq.segment    = read<int32_t>  (io);
+        cur.seq.modality   = read<uint8_t>  (io);
+        cur.seq.pos_merged = read<llama_pos>(io);
 
-        int64_t counts[kvmerge_observer::n_modalities];
-        for (auto & count : counts) {
-            count = read<int64_t>(io);
+        bool is_sound = is_count(cur.seq.n_seen) && is_count(cur.seq.segment + 1ll) && is_count(cur.seq.pos_merged) &&
+            cur.seq.modality < kvmerge_observer::n_modalities;
+
+        for (auto & count : cur.counts) {
+            count    = read<int64_t>(io);
+            is_sound = is_sound && is_count(count);
         }
-        if (cur.n_seen < 0 || cur.modality >= kvmerge_observer::n_modalities) {
+        for (size_t i = 0; i < cells.size(); ++i) {
+            is_sound = is_sound && (cells_saved[i].token.order < cur.seq.n_seen || !cache.get_cells(0).seq_has(cells[i], s));
+        }
+
+        if (!is_sound) {
             refuse("a sequence is damaged");
         }
 
@@ -360,25 +505,52 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
             refuse("the number of observed queries is damaged");
         }
 
-        observer.restore(s, counts);
-
-        std::vector<int32_t> slots;
         for (uint32_t i = 0; i < n_rows; ++i) {
             const auto slot     = read<int32_t>(io);
             const auto order    = read<int32_t>(io);
             const auto modality = read<uint8_t>(io);
 
-            if (slot < 0 || slot >= observer.n_slots_seq() || order < 0 || modality >= kvmerge_observer::n_modalities) {
+            if (slot < 0 || slot >= observer.n_slots_seq() || order < 0 || order >= cur.seq.n_seen || modality >= kvmerge_observer::n_modalities) {
                 refuse("an observed query is damaged");
             }
 
-            slots.push_back(observer.first_slot(s) + slot);
-            observer.set_row(slots.back(), { order, modality });
+            cur.rows.push_back({ observer.first_slot(s) + slot, { order, modality } });
         }
         for (const auto & layer : layers) {
-            for (int32_t slot : slots) {
+            for (const auto & [slot, row] : cur.rows) {
                 io.read_tensor(layer.q, slot*layer.q->nb[1], layer.q->nb[1]);
             }
+        }
+    }
+
+    // From here on nothing is refused.
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const uint32_t idx = cells[i];
+
+        tokens[idx]    = cells_saved[i].token;
+        is_merged[idx] = !cells_saved[i].merged.empty();
+
+        for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
+            for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+                auto & dst = merged[l][h];
+
+                dst.resize(std::max<size_t>(dst.size(), idx + 1));
+                dst[idx] = cells_saved[i].merged[l][h];
+
+                has_bias = has_bias || dst[idx].bias != 0.0f;
+            }
+        }
+    }
+
+    for (int32_t s = first; s < last; ++s) {
+        const auto & cur = sequences_saved[s - first];
+
+        sequences[s] = cur.seq;
+
+        observer.restore(s, cur.counts);
+        for (const auto & [slot, row] : cur.rows) {
+            observer.set_row(slot, row);
         }
     }
 

@@ -639,10 +639,11 @@ class Llama(StockLlama):
         ms, after = last.t_total_us / 1000, round(last.bytes_after / last.bytes_per_cell)
         self._merges.append(MergeRecord(last.n_tokens, before, after, ms))
         log.info(
-            "merged %d cells into %d (%d tokens seen), %.2f MiB into %.2f MiB, %.1f ms",
+            "merged %d cells into %d (%d tokens, %d positions), %.2f MiB into %.2f MiB, %.1f ms",
             before,
             after,
             last.n_tokens,
+            self._position(last.n_tokens),
             bytes_before / _MIB,
             last.bytes_after / _MIB,
             ms,

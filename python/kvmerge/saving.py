@@ -25,9 +25,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
 
 from . import __version__
 from ._library import LLAMA_CPP_PYTHON
@@ -39,6 +40,8 @@ from .stats import MergeRecord
 
 if TYPE_CHECKING:
     from .llama import Llama
+
+_Record = TypeVar("_Record", MediaSpan, MergeRecord)
 
 MAGIC = b"kvmerge\0"
 FORMAT_VERSION = 1
@@ -149,7 +152,7 @@ def load(llm: Llama, path: str | os.PathLike[str]) -> None:
     file = Path(os.fsdecode(path)).expanduser()
     header, cells = _read(file)
     try:
-        snapshot = _snapshot(header, cells)
+        snapshot = _snapshot(header, cells, llm.n_vocab())
         origin = dict(header["origin"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateError(f"{file} has a header that makes no sense: {error!r}") from error
@@ -190,7 +193,7 @@ def _read(file: Path) -> tuple[dict[str, Any], bytearray]:
         raise StateError(f"{file} is damaged: its SHA-256 is not the one that it was saved with")
     try:
         fields = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StateError(f"{file} has a header that is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise StateError(f"{file} has a header that is not a JSON object")
@@ -220,21 +223,39 @@ def _sizes(file: Path, start: bytes, size: int) -> tuple[int, int]:
     return header_size, cells_size
 
 
-def _snapshot(header: dict[str, Any], cells: bytearray) -> Snapshot:
-    tokens = np.array(header["tokens"], np.int32)
-    positions = np.array(header["positions"], np.int32)
-    spans = tuple(MediaSpan(**span) for span in header["media"])
-    merges = tuple(MergeRecord(**merge) for merge in header["merges"])
-    if tokens.ndim != 1 or positions.shape != (len(tokens) + 1,) or not len(tokens):
+def _snapshot(header: dict[str, Any], cells: bytearray, n_vocab: int) -> Snapshot:
+    tokens, positions = _integers(header["tokens"]), _integers(header["positions"])
+    spans = tuple(_record(MediaSpan, fields) for fields in header["media"])
+    merges = tuple(_record(MergeRecord, fields) for fields in header["merges"])
+    if not len(tokens) or len(positions) != len(tokens) + 1:
         raise ValueError("tokens and positions do not go together")
+    if tokens.max() >= n_vocab:
+        raise ValueError(f"token {tokens.max()} is not one of {n_vocab}")
     if positions[0] != 0 or (np.diff(positions) < 0).any():
         raise ValueError("positions go back")
     at = 0
     for span in spans:
         if not at <= span.start < span.end <= len(tokens):
             raise ValueError("pictures lie outside the tokens")
+        if (tokens[span.start : span.end] >= 0).any():
+            raise ValueError("a picture has tokens of text")
         at = span.end
     return Snapshot(tokens, positions, spans, merges, cells)
+
+
+def _integers(values: Any) -> npt.NDArray[np.int32]:
+    """Return a list of integers as an array; NumPy alone would take text and fractions too."""
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise TypeError("not a list of integers")
+    return np.array(values, np.int32)
+
+
+def _record(kind: type[_Record], fields: Any) -> _Record:
+    """Make a record of fields that have the types it declares."""
+    for name, declared in get_type_hints(kind).items():
+        if not isinstance(fields[name], declared) or isinstance(fields[name], bool):
+            raise TypeError(f"{name} is {fields[name]!r}")
+    return kind(**fields)
 
 
 def _check_origin(

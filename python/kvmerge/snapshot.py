@@ -107,10 +107,23 @@ class Snapshot:
         if read != size:
             llm._clear()
             raise StateError(errors.reason or f"llama.cpp read {read} of {size} bytes")
+        self._check(llm)
         llm._spans[:] = self.spans
         llm._merges[:] = self.merges
         llm._n_merges = _n_merges(llm)
         llm._append(self.tokens.tolist(), self.positions)
+
+    def _check(self, llm: Llama) -> None:
+        """Check that the cells that were read are those of the tokens."""
+        n, end = len(self.tokens), int(self.positions[-1])
+        seen = n if llm.engine is None else llm.engine.n_tokens()
+        last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm.ctx), 0)
+        if seen != n or last >= end:
+            llm._clear()
+            raise StateError(
+                f"the cells are of {seen} tokens and end at position {last}, and {n} tokens that "
+                f"end before position {end} are noted"
+            )
 
 
 def _n_merges(llm: Llama) -> int:
