@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 5
+#define KVMERGE_API_VERSION 6
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -236,6 +236,10 @@ KVMERGE_API int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_c
 // Cells that the cache has now, used or not, all sequences together; and the bytes of K, V, bias and sums that they take.
 KVMERGE_API int32_t kvmerge_size (const struct kvmerge_engine * engine);
 KVMERGE_API int64_t kvmerge_bytes(const struct kvmerge_engine * engine);
+
+// Lay out the graphs of a context whose model was loaded without memory (llama_model_params::no_alloc; else STATE), as they
+// are once something was merged, or before. llama.cpp logs the sizes of the compute buffers that this would take.
+KVMERGE_API int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged);
 
 // Merge a sequence down to n_cells cells a layer (where layers differ, in the mean), now. Does nothing (OK) when it holds
 // no more than that.

@@ -121,6 +121,10 @@ int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, fl
     return guarded([&]() -> int32_t { return engine->set_room(n_cells_max, share, n_whole); });
 }
 
+int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged) {
+    return guarded([&]() -> int32_t { return engine->lay_out(merged); });
+}
+
 int32_t kvmerge_size(const struct kvmerge_engine * engine) {
     return engine->cache.get_size();
 }

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -24,9 +25,6 @@
 
 // get_n_kv() pads to as many, and so do the backends' attention kernels
 static constexpr uint32_t STEP = 256;
-
-// freed bytes that are given back while layers are still being replaced
-static constexpr size_t MAX_FREED = 16*1024*1024;
 
 static uint32_t round_up  (uint32_t n) { return (n + STEP - 1)/STEP*STEP; }
 static uint32_t round_down(uint32_t n) { return n/STEP*STEP; }
@@ -118,29 +116,62 @@ static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, u
     ggml_backend_tensor_set(dst, res.data(), 0, res.size());
 }
 
-// replace the tensors of a layer by others of n_cells cells, which hold the first n_copy; the caller owns their buffer
-static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, uint32_t n_cells, uint32_t n_copy,
-        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
-    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+// the same where both lie at the same place, of memory that holds one row a channel
+static void stretch_rows(const ggml_tensor * old, ggml_tensor * dst, uint32_t n_copy) {
+    const size_t size = ggml_type_size(old->type);
 
-    ggml_tensor * k_new = ggml_new_tensor_3d(ctx.get(), k->type, k->ne[0], n_cells, 1);
-    ggml_tensor * v_new = ggml_new_tensor_3d(ctx.get(), v->type, v->ne[0], n_cells, 1);
+    char * data = static_cast<char *>(dst->data);
 
-    ggml_set_name(k_new, k->name);
-    ggml_set_name(v_new, v->name);
+    for (int64_t i = 0; i < dst->ne[0]; ++i) {
+        // no row is written over before it was moved
+        const int64_t e = dst->ne[1] > old->ne[1] ? dst->ne[0] - 1 - i : i;
 
-    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(k->buffer)));
+        char * row = data + e*dst->ne[1]*size;
 
-    if (!buf) {
-        return false;
+        memmove(row, data + e*old->ne[1]*size, n_copy*size);
+        memset (row + n_copy*size, 0, (dst->ne[1] - n_copy)*size);
     }
-    ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
+}
 
-    copy_cells(k, k_new, false,   n_copy);
-    copy_cells(v, v_new, v_trans, n_copy);
+// bytes of K or V up to the end of the last used cell
+static size_t n_bytes_used(const ggml_tensor * t, bool trans, uint32_t n_used) {
+    return trans ? ggml_nbytes(t) : n_used*t->nb[1];
+}
 
-    k     = k_new;
-    v     = v_new;
+// replace K or V of a layer by a tensor of n_cells cells, which holds the first n_copy; the caller owns its buffer
+static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_cells, uint32_t n_copy, kvmerge_pages & pages,
+        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+    ggml_tensor * res = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], n_cells, 1);
+
+    ggml_set_name(res, t->name);
+
+    ggml_backend_buffer_ptr buf;
+
+    if (pages.data()) {
+        buf.reset(ggml_backend_cpu_buffer_from_ptr(pages.data(), ggml_nbytes(res)));
+        ggml_backend_tensor_alloc(buf.get(), res, pages.data());
+    } else {
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
+
+        if (!buf) {
+            return false;
+        }
+        ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
+    }
+
+    if (t->data != res->data) {
+        copy_cells(t, res, trans, n_copy);
+    } else if (trans) {
+        stretch_rows(t, res, n_copy);
+    }
+
+    if (pages.data()) {
+        pages.keep(n_bytes_used(res, trans, n_copy));
+    }
+
+    t     = res;
     owner = { std::move(ctx), std::move(buf) };
 
     return true;
@@ -151,7 +182,6 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     const uint32_t n_before = table.size();
     const uint32_t n_used   = table.used_max_p1();
-    const size_t   n_layers = cache.layers.size();
 
     GGML_ASSERT(n_used <= n_cells && !table.get_has_shift());
 
@@ -161,41 +191,42 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     lctx->synchronize();
 
-    // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
-    // one layer is there twice.
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> first(has_own_bufs ? 0 : n_layers);
+    // From the first time on every tensor has a buffer of its own: in pages that grow, or replaced one by one, so that never
+    // more than one is there twice.
+    const size_t n_tensors = 2*cache.layers.size();
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> first(has_own_bufs ? 0 : n_tensors);
 
     auto & bufs = has_own_bufs ? cache.ctxs_bufs : first;
 
     const auto before = cache.layers;
 
-    size_t n_freed = 0; // bytes since the last time
+    if (!has_own_bufs) {
+        pages.clear();
+        pages.resize(n_tensors);
+    }
 
-    for (size_t l = 0; l < n_layers; ++l) {
-        auto & kv = cache.layers[l];
+    for (size_t i = 0; i < n_tensors; ++i) {
+        auto & t = cache_tensor(i);
 
-        if (!replace_layer(kv.k, kv.v, v_trans, n_cells, n_used, bufs[l])) {
-            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells, kv.il);
+        if (!has_own_bufs && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
+            pages[i] = kvmerge_pages(ggml_row_size(t->type, t->ne[0])*lctx->get_cparams().n_ctx_seq);
+        }
 
-            for (size_t i = 0; i < l; ++i) {
-                auto & done = cache.layers[i];
+        if (!resize_tensor(t, is_trans(i), n_cells, n_used, pages[i], bufs[i])) {
+            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells, cache.layers[i/2].il);
 
-                if (has_own_bufs) {
-                    const bool ok = replace_layer(done.k, done.v, v_trans, n_before, n_used, bufs[i]);
-                    GGML_ASSERT(ok && "there was memory for the smaller layer a moment ago");
-                } else {
-                    done = before[i];
+            if (has_own_bufs) {
+                for (size_t j = 0; j < i; ++j) {
+                    const bool ok = resize_tensor(cache_tensor(j), is_trans(j), n_before, n_used, pages[j], bufs[j]);
+                    GGML_ASSERT(ok && "there was memory for the smaller tensor a moment ago");
                 }
+            } else {
+                cache.layers = before;
             }
             attach_tensors();
 
             return false;
-        }
-
-        n_freed += has_own_bufs ? n_before*bytes_per_cell(layers[l]) : 0;
-        if (n_freed > MAX_FREED) {
-            kvmerge_give_back();
-            n_freed = 0;
         }
     }
 
@@ -255,6 +286,16 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
     return true;
 }
 
+ggml_tensor *& kvmerge_engine::cache_tensor(size_t i) {
+    auto & kv = cache.layers[i/2];
+
+    return i % 2 == 0 ? kv.k : kv.v;
+}
+
+bool kvmerge_engine::is_trans(size_t i) const {
+    return i % 2 == 1 && v_trans;
+}
+
 void kvmerge_engine::attach_tensors() {
     for (size_t l = 0; l < layers.size(); ++l) {
         auto & kv = cache.layers[l];
@@ -279,6 +320,13 @@ void kvmerge_engine::shrink() {
 
     if (n < table.size()) {
         resize(n);
+        return;
+    }
+
+    for (size_t i = 0; i < pages.size(); ++i) {
+        if (pages[i].data()) {
+            pages[i].keep(n_bytes_used(cache_tensor(i), is_trans(i), table.used_max_p1()));
+        }
     }
 }
 

@@ -269,6 +269,13 @@ class Engine:
         """
         self._check(self._library.kvmerge_set_room(self._engine, cells, share, whole))
 
+    def lay_out(self, merged: bool) -> None:
+        """Lay out the graphs of a context of a model without weights, with merged cells or not.
+
+        llama.cpp logs the sizes of the compute buffers that this would take.
+        """
+        self._check(self._library.kvmerge_lay_out(self._engine, merged))
+
     def size(self) -> int:
         """Return the cells that the cache has, used or not."""
         return int(self._library.kvmerge_size(self._engine))
