@@ -1,8 +1,9 @@
 """What `kvmerge fit` says against what is then measured.
 
 Each configuration runs in a process of its own. Its buffers are those that llama.cpp itself
-reports; RSS is what the system says that the whole process takes: when the prompt was read, and
-once it was merged. Random models of several shapes, and the model in the package with pictures.
+reports; RSS is what the system says that the process takes: when the prompt was read, and once it
+was merged. Most of it is Python where models are as small as these, so what it takes above that is
+printed too. Random models of several shapes, and the model in the package with pictures.
 
     python benchmarks/fit_accuracy.py
 """
@@ -10,7 +11,6 @@ once it was merged. Random models of several shapes, and the model in the packag
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import re
@@ -65,7 +65,8 @@ def measure_random(model: str, cache: str, flash_attention: bool, merged: bool) 
         "n_batch": BATCH,
         "first_cells": 256 if merged else 0,
     }
-    sizes = {}
+    numbers = np.random.default_rng(0)
+    sizes, process = {}, resident()
     with caught(1, quiet=True) as log:
         with Session(Path(model), **options) as session:
             if merged:
@@ -74,34 +75,27 @@ def measure_random(model: str, cache: str, flash_attention: bool, merged: bool) 
                 sizes["KV"] = logged(log, "KV")
             sizes["weights"] = logged(log, "model")
             output = logged(log, "output")
-            prompt = np.random.default_rng(0).integers(0, session.n_vocab, PROMPT).tolist()
+            prompt = numbers.integers(0, session.n_vocab, PROMPT).tolist()
             for i in range(0, PROMPT, BATCH):
                 session.decode(prompt[i : i + BATCH])
-            sizes["RSS, all read"] = resident()
+            sizes |= {"RSS, all read": resident(), "above Python, all read": resident() - process}
             if merged:
                 session.engine.merge(round(BUDGET * PROMPT))
-                session.decode(prompt[:BATCH])
-                session.remove(PROMPT, PROMPT + BATCH)
-                session.decode(prompt[:1], position=PROMPT)
-                sizes["RSS, merged"] = resident()
+                session.decode(prompt[: BATCH // 2])
+                sizes |= {"RSS, merged": resident(), "above Python, merged": resident() - process}
         sizes["compute"] = compute_at_the_end(log) + output
     return sizes
 
 
-def measure_pocket(flash_attention: bool, merged: bool) -> Any:
+def measure_pocket(picture: str, flash_attention: bool, merged: bool) -> Any:
     """Show pictures to the model in the package."""
-    from PIL import Image
-
-    import kvmerge
     from kvmerge import pocket
+    from kvmerge.llama import Llama
     from kvmerge.native_log import caught
     from kvmerge.resident import resident
 
-    buffer = io.BytesIO()
-    Image.new("RGB", SIZE, "red").save(buffer, "PNG")
-    content: list[Any] = [
-        {"type": "image_url", "image_url": buffer.getvalue()} for _ in range(PICTURES)
-    ]
+    data = Path(picture).read_bytes()
+    content: list[Any] = [{"type": "image_url", "image_url": data} for _ in range(PICTURES)]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
     options: dict[str, Any] = {
         "n_ctx": CONTEXT,
@@ -114,15 +108,17 @@ def measure_pocket(flash_attention: bool, merged: bool) -> Any:
     }
     if merged:
         options |= {"n_ctx": LARGE_CONTEXT, "kv_merge": "flowmm", "kv_budget": BUDGET}
+    process = resident()
     with caught(1, quiet=True) as log:
-        llm = kvmerge.Llama(pocket.model_path(), mmproj=pocket.mmproj_path(), **options)
+        llm = Llama(pocket.model_path(), mmproj=pocket.mmproj_path(), **options)
         encoder = sum(
             round(float(match[1]) * 2**20)
             for line in log
             if (match := re.search(r"reserve_compute_meta.*buffer size = +([\d.]+) MiB", line))
         )
         usage = llm.create_chat_completion(messages, max_tokens=1)["usage"]
-        sizes = {f"RSS, {'merged' if merged else 'all read'}": resident()}
+        when = "merged" if merged else "all read"
+        sizes = {f"RSS, {when}": resident(), f"above Python, {when}": resident() - process}
         sizes |= {"weights": logged(log, "model")}
         if not merged:
             sizes["KV"] = logged(log, "KV")
@@ -151,14 +147,17 @@ def predict(
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     said = json.loads(done.stdout)
     column = said["merged" if merged else "full"]
+    read = said["while_reading"] if merged else column
     return {
         "weights": column["weights"],
         "KV": column["kv"],
         "compute": column["compute"],
         "encoder": column["encoder"],
         "image tokens": said["image_tokens"],
-        "RSS, all read": (said["while_reading"] if merged else column)["total"],
+        "RSS, all read": read["total"],
         "RSS, merged": column["total"],
+        "above Python, all read": read["total"] - read["process"],
+        "above Python, merged": column["total"] - column["process"],
     }
 
 
@@ -171,7 +170,7 @@ def compare(title: str, predicted: dict[str, int], measured: dict[str, int]) -> 
         if name == "image tokens":
             shown = [str(predicted[name]), str(value)]
         print(f"| {title} | {name} | {shown[0]} | {shown[1]} | {error:+.1%} |", flush=True)
-        if abs(error) > LIMIT:
+        if abs(error) > LIMIT and not name.startswith("above Python"):
             beyond.append(f"{title}, {name}: {error:+.1%}")
     return beyond
 
@@ -191,11 +190,14 @@ def main() -> None:
     if args.worker:
         kind, *rest = args.worker
         if kind == "pocket":
-            print(json.dumps(measure_pocket(*(flag == "True" for flag in rest))))
+            picture, *flags = rest
+            print(json.dumps(measure_pocket(picture, *(flag == "True" for flag in flags))))
         else:
             model, cache, *flags = rest
             print(json.dumps(measure_random(model, cache, *(flag == "True" for flag in flags))))
         return
+
+    from PIL import Image
 
     from kvmerge import pocket
     from random_model import Shape, write_random_model
@@ -216,16 +218,18 @@ def main() -> None:
                         predict(model, cache, flash_attention, merged),
                         measure("random", model, cache, flash_attention, merged),
                     )
-    files = Path(pocket.model_path()), Path(pocket.mmproj_path())
-    for flash_attention in (True, False):
-        for merged in (False, True):
-            title = f"pocket, {PICTURES} pictures{', FA' if flash_attention else ''}"
-            title += f", {'merged' if merged else 'full'}"
-            beyond += compare(
-                title,
-                predict(files[0], "f16", flash_attention, merged, files[1]),
-                measure("pocket", flash_attention, merged),
-            )
+        files = Path(pocket.model_path()), Path(pocket.mmproj_path())
+        picture = Path(folder) / "picture.png"
+        Image.new("RGB", SIZE, "red").save(picture)
+        for flash_attention in (True, False):
+            for merged in (False, True):
+                title = f"pocket, {PICTURES} pictures{', FA' if flash_attention else ''}"
+                title += f", {'merged' if merged else 'full'}"
+                beyond += compare(
+                    title,
+                    predict(files[0], "f16", flash_attention, merged, files[1]),
+                    measure("pocket", picture, flash_attention, merged),
+                )
     print(f"\n{len(beyond)} sizes are off by more than {LIMIT:.0%}")
     for line in beyond:
         print(f"  {line}")

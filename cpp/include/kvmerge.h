@@ -194,6 +194,9 @@ KVMERGE_API const char * kvmerge_error_message(void);
 // llama_decode(). For the whole process; not while another thread logs.
 KVMERGE_API void kvmerge_log_from(int32_t level);
 
+// Memory that was freed goes back to the system, as far as its allocator can do that: after much was read, for example.
+KVMERGE_API void kvmerge_trim(void);
+
 // The default policy: FlowMM with bias = COUNT.
 KVMERGE_API struct kvmerge_params kvmerge_params_default(void);
 

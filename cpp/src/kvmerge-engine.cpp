@@ -366,7 +366,7 @@ kvmerge_status kvmerge_engine::media_end() {
 }
 
 void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch) {
-    // the graphs that were reserved anew left gaps where those before them were
+    // the buffers of graphs that were reserved anew left gaps where those before them were
     if (gives_back) {
         gives_back = false;
         kvmerge_give_back();
@@ -701,6 +701,12 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = {};
 
+    // the merge's own graphs took larger buffers than the model's need
+    lctx->sched_reserve_later();
+    lctx->sched_reserve();
+
+    kvmerge_give_back();
+
     return status;
 }
 
@@ -843,7 +849,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         for (auto & plan : layer_plans) {
             n_after = std::max(n_after, plan.kept.size());
 
-            // only the fold needs more
+            // what the fold has no use for
             for (auto * values : { &plan.logits, &plan.similarity, &plan.value_norm }) {
                 values->clear();
                 values->shrink_to_fit();

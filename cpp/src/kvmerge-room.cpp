@@ -278,8 +278,10 @@ bool kvmerge_engine::resize(uint32_t n_cells) {
 
     version++;
 
-    // also the buffers of the graphs follow the size
-    lctx->sched_reserve_later();
+    if (n_cells < n_before) {
+        // an update lets the buffers of the graphs grow, but not shrink
+        lctx->sched_reserve_later();
+    }
 
     LLAMA_LOG_DEBUG("%s: %u -> %u cells\n", __func__, n_before, n_cells);
 
@@ -362,6 +364,9 @@ void kvmerge_engine::on_restore(uint32_t n_cells) {
 
     if (room.is_elastic && n > table.size() && n <= n_cells_max() && !table.get_has_shift()) {
         resize(n);
+
+        // this is no update of the memory, after which the context would do it
+        lctx->sched_reserve_later();
     }
 }
 

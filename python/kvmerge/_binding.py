@@ -115,6 +115,11 @@ def log_from(level: int) -> None:
     _native()[1].kvmerge_log_from(level)
 
 
+def trim() -> None:
+    """Give memory that was freed back to the system, as far as its allocator can do that."""
+    _native()[1].kvmerge_trim()
+
+
 @contextmanager
 def small_beginning(cells: int) -> Iterator[None]:
     """Let the context that is made inside begin with a cache of few cells, which then grows.

@@ -213,6 +213,11 @@ class DryModel:
             return header.widest
 
     @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self._llama_cpp.llama_model_n_head(self.pointer))
+
+    @property
     def grows_in_place(self) -> bool:
         """Whether a cache that grows never is in memory twice, in part."""
         return not self._offloads

@@ -23,6 +23,12 @@ _GRAPHS = 3
 _SCHEDULER = 1024
 """Bytes that ggml's scheduler keeps for a node that a graph may have."""
 
+_KERNELS = 2**20
+"""Bytes of the code that computes, a model or an encoder; laying one out does not bring it in."""
+
+_PAGE = 4096
+"""Bytes of a page of memory, on most systems."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -205,13 +211,32 @@ class Estimate:
             self._process,
         )
 
+    def _scratch(self, cells: int) -> int:
+        """Return what computing on the CPU needs beside the graph's own buffers.
+
+        The second operand of a product of matrices is brought into the form of the first: that of
+        the weights, or of V, where attention is not fused, with the weights of all cells for each
+        head. And llama-cpp-python's batch has room for ``n_ctx`` sequences a token, of which it
+        uses one.
+        """
+        options = self._options
+        n_batch = min(options.n_batch, options.n_ctx)
+        row = self._model.widest
+        if not options.flash_attn:
+            row = max(row, cells * self._model.heads)
+        batch = n_batch * min(_PAGE, 4 * options.n_ctx)
+        return 2 * min(options.n_ubatch, n_batch) * row + batch + _KERNELS
+
     def _footprint(
-        self, sizes: ContextSizes, kv: int, graphs: GraphSizes, queries: int = 0, records: int = 0
+        self,
+        sizes: ContextSizes,
+        kv: int,
+        graphs: GraphSizes,
+        scratch: int,
+        queries: int = 0,
+        records: int = 0,
     ) -> Footprint:
         model, vision = self._model, self._vision
-        batch = min(self._options.n_ubatch, self._options.n_batch, self._options.n_ctx)
-        # What a product of matrices is given is brought into the form of the weights first.
-        scratch = 2 * batch * model.widest
         described = _GRAPHS * graph_bytes(graphs.nodes) + _SCHEDULER * graphs.nodes
         return Footprint(
             process=self._process,
@@ -222,14 +247,14 @@ class Estimate:
             queries=queries,
             records=records,
             compute=graphs.compute + sizes.output,
-            graphs=described + scratch + vision.graphs,
+            graphs=described + scratch + vision.graphs + (_KERNELS if vision.weights else 0),
             encoder=vision.encoder or 0,
             cells=sizes.cells,
         )
 
     def _full(self, options: ContextOptions) -> Footprint:
         sizes = self._model.context(options)
-        return self._footprint(sizes, sizes.kv, sizes.graphs)
+        return self._footprint(sizes, sizes.kv, sizes.graphs, self._scratch(sizes.cells))
 
     def _kept(self, tokens: int) -> int:
         """Return the cells that are held of some tokens after the merge."""
@@ -245,13 +270,14 @@ class Estimate:
     def _merged(self, tokens: int) -> Footprint:
         kept = self._kept(tokens)
         # One cell more: the next token needs one.
-        return self._with_engine(kept + 1, merged=kept if kept < tokens else 0)
+        most = self._capped(tokens)
+        return self._with_engine(kept + 1, most, merged=kept if kept < tokens else 0)
 
     def _peak(self, tokens: int, is_merged: bool = False) -> Footprint:
         # Where there may be fewer cells than tokens, the cache was merged on the way.
         cells = self._capped(tokens)
         is_merged = is_merged or cells < tokens
-        peak = self._with_engine(tokens, merged=min(cells, tokens) if is_merged else 0)
+        peak = self._with_engine(tokens, cells, merged=min(cells, tokens) if is_merged else 0)
         if self._model.grows_in_place:
             return peak
         # Elsewhere the cache changes its size tensor by tensor: one is there twice.
@@ -261,8 +287,11 @@ class Estimate:
     def _engine(self, cells: int) -> EngineSizes:
         return self._model.engine(self._options, cells, self._policy)
 
-    def _with_engine(self, held: int, merged: int) -> Footprint:
-        """Return what is resident with so many cells in use, of which some are merged."""
+    def _with_engine(self, held: int, most: int, merged: int) -> Footprint:
+        """Return what is resident with some cells in use, of which some are merged.
+
+        `most` is the size that the cache has had: its scratch stays.
+        """
         cells = self._capped(held)
         engine = self._engine(cells)
         sizes = self._model.context(self._options, cells)
@@ -270,6 +299,7 @@ class Estimate:
             sizes,
             sizes.kv_of(held, together=self._options.flash_attn) + engine.bias,
             engine.merged if merged else engine.before,
+            self._scratch(most),
             queries=engine.observed,
             records=merged * _RECORD * sum(layer.n_head_kv for layer in engine.layers),
         )
