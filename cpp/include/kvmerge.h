@@ -194,6 +194,9 @@ KVMERGE_API const char * kvmerge_error_message(void);
 // llama_decode(). For the whole process; not while another thread logs.
 KVMERGE_API void kvmerge_log_from(int32_t level);
 
+// Memory that was freed goes back to the system, as far as its allocator can do that: after much was read, for example.
+KVMERGE_API void kvmerge_trim(void);
+
 // The default policy: FlowMM with bias = COUNT.
 KVMERGE_API struct kvmerge_params kvmerge_params_default(void);
 
@@ -236,6 +239,10 @@ KVMERGE_API int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_c
 // Cells that the cache has now, used or not, all sequences together; and the bytes of K, V, bias and sums that they take.
 KVMERGE_API int32_t kvmerge_size (const struct kvmerge_engine * engine);
 KVMERGE_API int64_t kvmerge_bytes(const struct kvmerge_engine * engine);
+
+// Lay out the graphs of a context whose model was loaded without memory (llama_model_params::no_alloc; else STATE), as they
+// are once something was merged, or before. llama.cpp logs the sizes of the compute buffers that this would take.
+KVMERGE_API int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged);
 
 // Merge a sequence down to n_cells cells a layer (where layers differ, in the mean), now. Does nothing (OK) when it holds
 // no more than that.

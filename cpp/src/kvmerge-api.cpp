@@ -2,6 +2,7 @@
 
 #include "kvmerge-engine.h"
 #include "kvmerge-error.h"
+#include "kvmerge-room.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -119,6 +120,14 @@ int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_
 
 int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole) {
     return guarded([&]() -> int32_t { return engine->set_room(n_cells_max, share, n_whole); });
+}
+
+void kvmerge_trim(void) {
+    kvmerge_give_back();
+}
+
+int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged) {
+    return guarded([&]() -> int32_t { return engine->lay_out(merged); });
 }
 
 int32_t kvmerge_size(const struct kvmerge_engine * engine) {

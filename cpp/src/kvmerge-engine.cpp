@@ -157,6 +157,12 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
             return status;
         }
 
+        if (cache->merge) {
+            // of one that was detached: K and V stay where they are
+            engine->has_own_bufs = cache->merge->has_own_bufs;
+            engine->pages        = std::move(cache->merge->pages);
+        }
+
         cache->merge = engine;
     } catch (const std::bad_alloc &) {
         return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory for the engine");
@@ -412,6 +418,12 @@ kvmerge_status kvmerge_engine::media_end() {
 }
 
 void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch) {
+    // the buffers of graphs that were reserved anew left gaps where those before them were
+    if (gives_back) {
+        gives_back = false;
+        kvmerge_give_back();
+    }
+
     std::vector<int32_t> seq  (ubatch.n_tokens);
     std::vector<int32_t> order(ubatch.n_tokens);
     std::vector<uint8_t> modality(ubatch.n_tokens);
@@ -782,7 +794,27 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = {};
 
+    // the merge's own graphs took larger buffers than the model's need
+    lctx->sched_reserve_later();
+    lctx->sched_reserve();
+
+    kvmerge_give_back();
+
     return status;
+}
+
+kvmerge_status kvmerge_engine::lay_out(bool merged) {
+    if (!lctx->get_model().hparams.no_alloc) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "the model was loaded to be used: only one that was loaded without memory (no_alloc) is laid out");
+    }
+
+    has_bias = merged;
+    version++;
+
+    lctx->sched_reserve_later();
+    lctx->sched_reserve();
+
+    return KVMERGE_OK;
 }
 
 bool kvmerge_engine::on_update(llama_context * lctx_update) {
@@ -810,6 +842,7 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
     }
 
     if (updated) {
+        gives_back = true;
         kvmerge_give_back();
     }
 
@@ -832,11 +865,16 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     kvmerge_graph graph(lctx);
 
+    size_t  n_after   = 0; // cells of the layer that keeps most
+    int32_t n_guarded = 0;
+
     // score
-    for (size_t l = 0; l < layers.size(); ++l) {
+    const auto score = [&](size_t l) {
         plans_new[l].resize(layers[l].n_head_kv);
 
         for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            plans_new[l][h].cells.reserve(cells.size());
+
             for (uint32_t idx : cells) {
                 plans_new[l][h].cells.push_back(cell(idx, l, h));
             }
@@ -857,36 +895,28 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         if (params.score == KVMERGE_SCORE_ALL) {
             load_sums(l, cells, plans_new[l]);
         }
-    }
 
-    const int64_t t_score = ggml_time_us();
-
-    // allocate
-    for (auto & layer_plans : plans_new) {
-        for (auto & plan : layer_plans) {
+        for (auto & plan : plans_new[l]) {
             kvmerge_pool(plan, params);
         }
-    }
 
-    const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, n_most, params);
-
-    size_t  n_after   = 0; // cells of the layer that keeps most
-    int32_t n_guarded = 0;
+        return KVMERGE_OK;
+    };
 
     const bool needs_similarity = params.similarity > -1.0f || params.n_member > 0 ||
         params.fold == KVMERGE_FOLD_WEIGHTED || params.fold == KVMERGE_FOLD_EXP || params.fold == KVMERGE_FOLD_GAUSSIAN;
 
     // select and match
-    for (size_t l = 0; l < layers.size(); ++l) {
+    const auto match = [&](size_t l, int32_t budget) {
         auto & layer_plans = plans_new[l];
         bool   ok          = true;
 
         if (params.select == KVMERGE_SELECT_MOSAIC) {
-            ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
+            ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budget);
         } else if (params.select == KVMERGE_SELECT_RUNS) {
-            ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budgets[l]);
+            ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budget);
         } else {
-            ok = kvmerge_parallel(graph, layer_plans.size(), [&](int h) { kvmerge_select(layer_plans[h], budgets[l], params); });
+            ok = kvmerge_parallel(graph, layer_plans.size(), [&](int h) { kvmerge_select(layer_plans[h], budget, params); });
             ok = ok && kvmerge_match_layer(graph, *this, layers[l], flows_new[l], cells, layer_plans);
         }
 
@@ -904,7 +934,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             }
 
             kvmerge_limit         (plan, params);
-            kvmerge_residual_cells(plan, budgets[l], params);
+            kvmerge_residual_cells(plan, budget, params);
             kvmerge_select_finish (plan);
             kvmerge_weigh         (plan, params);
             kvmerge_fit_bias      (plan, params);
@@ -921,8 +951,44 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         for (auto & plan : layer_plans) {
             n_after = std::max(n_after, plan.kept.size());
 
-            plan.logits.clear();
-            plan.logits.shrink_to_fit();
+            // what the fold has no use for
+            for (auto * values : { &plan.logits, &plan.similarity, &plan.value_norm }) {
+                values->clear();
+                values->shrink_to_fit();
+            }
+        }
+
+        return KVMERGE_OK;
+    };
+
+    // Where every layer keeps as many, one layer after the other: the logits of all of them would be a lot.
+    const bool is_uniform = params.allocate == KVMERGE_ALLOCATE_UNIFORM;
+
+    int64_t t_score = 0; // us
+
+    for (size_t l = 0; l < layers.size(); ++l) {
+        const int64_t t_layer = ggml_time_us();
+
+        if (const auto status = score(l)) {
+            return status;
+        }
+
+        t_score += ggml_time_us() - t_layer;
+
+        if (is_uniform) {
+            if (const auto status = match(l, n_cells)) {
+                return status;
+            }
+        }
+    }
+
+    if (!is_uniform) {
+        const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, n_most, params);
+
+        for (size_t l = 0; l < layers.size(); ++l) {
+            if (const auto status = match(l, budgets[l])) {
+                return status;
+            }
         }
     }
 
@@ -943,7 +1009,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     // what tells of the merge stays; what only the fold needed goes
     for (auto & layer_plans : plans) {
         for (auto & plan : layer_plans) {
-            for (auto * values : { &plan.weight, &plan.bias, &plan.similarity, &plan.value_norm }) {
+            for (auto * values : { &plan.weight, &plan.bias }) {
                 values->clear();
                 values->shrink_to_fit();
             }
@@ -975,8 +1041,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         keep_plans(false);
     }
 
-    stats.t_score_us     = t_score - t_start;
-    stats.t_match_us     = t_match - t_score;
+    stats.t_score_us     = t_score;
+    stats.t_match_us     = t_match - t_start - t_score;
     stats.t_fold_us      = t_end   - t_match;
     stats.t_total_us     = t_end   - t_start;
 
@@ -987,6 +1053,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 }
 
 void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells) {
+    const size_t n_merged = *std::max_element(cells.begin(), cells.begin() + n_cells) + 1;
+
     // what the pivots hold now
     for (size_t l = 0; l < layers.size(); ++l) {
         for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
@@ -1000,7 +1068,8 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
             }
 
             auto & dst = merged[l][h];
-            dst.resize(std::max<size_t>(dst.size(), *std::max_element(cells.begin(), cells.end()) + 1));
+            dst.reserve(n_merged);
+            dst.resize(std::max(dst.size(), n_merged));
 
             // a layer that keeps fewer cells than the others keeps them at the end: nothing is seen in front of them
             const int32_t offset = n_cells - plan.kept.size();

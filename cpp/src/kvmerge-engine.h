@@ -6,6 +6,7 @@
 
 #include "kvmerge-graph.h"
 #include "kvmerge-observe.h"
+#include "kvmerge-pages.h"
 #include "kvmerge-plan.h"
 
 #include "ggml-cpp.h"
@@ -71,6 +72,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     kvmerge_status merge(llama_seq_id seq_id, int32_t n_cells);
 
     kvmerge_status set_room(int32_t n_cells_max, float share, int32_t n_whole);
+
+    kvmerge_status lay_out(bool merged);
 
     void keep_plans(bool keep);
 
@@ -205,6 +208,10 @@ private:
     // all layers store all cells
     bool store_all() { return resize(is_merged.size(), std::vector<uint32_t>(layers.size())); }
 
+    // K and V of all layers in turn; trans: memory holds one row a channel, over all cells
+    ggml_tensor *& cache_tensor(size_t i);
+    bool           is_trans    (size_t i) const;
+
     // the layers take the tensors of the cache
     void attach_tensors();
 
@@ -271,9 +278,12 @@ private:
     } room;
 
     bool     keeps_plans  = true;
+    bool     gives_back   = false; // the next ubatch finds memory that was freed
     uint32_t n_wanted     = 0;     // tokens that found no slot
     bool     is_restored  = false; // a state was read, and the cells are not yet as few as they may be
-    bool     has_own_bufs = false; // every layer of the cache has a buffer of its own
+    bool     has_own_bufs = false; // every tensor of the cache has a buffer of its own
+
+    std::vector<kvmerge_pages> pages; // where cache_tensor(i) lies once it has changed its size, if in the host's memory
 
     // buffers of the observed queries, and of the bias and the sums, on the device of their layer
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_q;

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -34,9 +35,6 @@ static constexpr uint32_t STEP = 256;
 static uint32_t layer_step(const kvmerge_layer & layer) {
     return ggml_backend_buffer_is_host(layer.k->buffer) ? 64 : STEP;
 }
-
-// freed bytes that are given back while layers are still being replaced
-static constexpr size_t MAX_FREED = 16*1024*1024;
 
 static uint32_t round_up  (uint32_t n) { return (n + STEP - 1)/STEP*STEP; }
 static uint32_t round_down(uint32_t n) { return n/STEP*STEP; }
@@ -96,24 +94,25 @@ kvmerge_status kvmerge_engine::set_room(int32_t n_cells, float share, int32_t n_
     return KVMERGE_OK;
 }
 
-// the cells [first, end)
-struct cell_range {
-    uint32_t first;
-    uint32_t end;
-
-    uint32_t size() const { return end - first; }
-
-    bool operator==(const cell_range & other) const { return first == other.first && end == other.end; }
+// Cells of K or V that move: n of them, from row `from` of one tensor to row `to` of another.
+struct cell_move {
+    uint32_t from;
+    uint32_t to;
+    uint32_t n;
 };
 
-// n cells from row i_old to row i_dst; trans: memory holds one row a channel, over all cells
-static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, uint32_t i_old, uint32_t i_dst, uint32_t n) {
+// trans: memory holds one row a channel, over all cells
+static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move) {
+    if (move.n == 0) {
+        return;
+    }
+
     if (!trans) {
         // the cells lie one after the other
         ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
 
-        ggml_tensor * from = ggml_view_2d(ctx.get(), const_cast<ggml_tensor *>(old), old->ne[0], n, old->nb[1], i_old*old->nb[1]);
-        ggml_tensor * to   = ggml_view_2d(ctx.get(), dst,                            dst->ne[0], n, dst->nb[1], i_dst*dst->nb[1]);
+        ggml_tensor * from = ggml_view_2d(ctx.get(), const_cast<ggml_tensor *>(old), old->ne[0], move.n, old->nb[1], move.from*old->nb[1]);
+        ggml_tensor * to   = ggml_view_2d(ctx.get(), dst,                            dst->ne[0], move.n, dst->nb[1], move.to  *dst->nb[1]);
 
         ggml_backend_view_init(from);
         ggml_backend_view_init(to);
@@ -129,42 +128,81 @@ static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, u
 
     std::vector<uint8_t> res(ggml_nbytes(dst));
     for (int64_t e = 0; e < old->ne[0]; ++e) {
-        std::copy_n(rows.data() + (e*old->ne[1] + i_old)*size, n*size, res.data() + (e*dst->ne[1] + i_dst)*size);
+        std::copy_n(rows.data() + (e*old->ne[1] + move.from)*size, move.n*size, res.data() + (e*dst->ne[1] + move.to)*size);
     }
     ggml_backend_tensor_set(dst, res.data(), 0, res.size());
 }
 
-// replace the tensors of a layer, which hold the cells `before`, by others for `after`; the caller owns their buffer
-static bool replace_layer(ggml_tensor *& k, ggml_tensor *& v, bool v_trans, cell_range before, cell_range after, uint32_t n_used,
-        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
-    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+// the same where both lie at the same place; what was not moved there is zero
+static void move_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move) {
+    const size_t  unit   = trans ? ggml_type_size(old->type) : old->nb[1];
+    const int64_t n_rows = trans ? dst->ne[0] : 1;
+    const int64_t n_old  = old->ne[1];
+    const int64_t n_dst  = dst->ne[1];
 
-    ggml_tensor * k_new = ggml_new_tensor_3d(ctx.get(), k->type, k->ne[0], after.size(), 1);
-    ggml_tensor * v_new = ggml_new_tensor_3d(ctx.get(), v->type, v->ne[0], after.size(), 1);
+    char * data = static_cast<char *>(dst->data);
 
-    ggml_set_name(k_new, k->name);
-    ggml_set_name(v_new, v->name);
+    const bool is_up = n_dst >= n_old && move.to >= move.from;
 
-    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(k->buffer)));
+    GGML_ASSERT(is_up || (n_dst <= n_old && move.to <= move.from));
 
-    if (!buf) {
-        return false;
-    }
-    ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
+    for (int64_t i = 0; i < n_rows; ++i) {
+        // no row is written over before it was moved
+        const int64_t e = is_up ? n_rows - 1 - i : i;
 
-    const uint32_t first = std::max(before.first, after.first);
+        char * row = data + e*n_dst*unit;
 
-    try {
-        if (first < n_used) {
-            copy_cells(k, k_new, false,   first - before.first, first - after.first, n_used - first);
-            copy_cells(v, v_new, v_trans, first - before.first, first - after.first, n_used - first);
+        memmove(row + move.to*unit, data + (e*n_old + move.from)*unit, move.n*unit);
+        memset (row, 0, move.to*unit);
+        if (trans) {
+            memset(row + (move.to + move.n)*unit, 0, (n_dst - move.to - move.n)*unit);
         }
-    } catch (const std::bad_alloc &) {
-        return false;
+    }
+}
+
+// bytes of K or V up to the end of the last used row
+static size_t n_bytes_used(const ggml_tensor * t, bool trans, uint32_t n_used) {
+    return trans ? ggml_nbytes(t) : n_used*t->nb[1];
+}
+
+// replace K or V of a layer by a tensor of n_rows cells; the caller owns its buffer
+static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const cell_move & move, kvmerge_pages & pages,
+        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+    ggml_tensor * res = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], n_rows, 1);
+
+    ggml_set_name(res, t->name);
+
+    ggml_backend_buffer_ptr buf;
+
+    if (pages.data()) {
+        buf.reset(ggml_backend_cpu_buffer_from_ptr(pages.data(), ggml_nbytes(res)));
+        ggml_backend_tensor_alloc(buf.get(), res, pages.data());
+    } else {
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
+
+        if (!buf) {
+            return false;
+        }
+        ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
     }
 
-    k     = k_new;
-    v     = v_new;
+    if (t->data == res->data) {
+        move_cells(t, res, trans, move);
+    } else {
+        try {
+            copy_cells(t, res, trans, move);
+        } catch (const std::bad_alloc &) {
+            return false;
+        }
+    }
+
+    if (pages.data()) {
+        pages.keep(n_bytes_used(res, trans, move.to + move.n));
+    }
+
+    t     = res;
     owner = { std::move(ctx), std::move(buf) };
 
     return true;
@@ -196,17 +234,29 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
     const uint32_t n_before = table.size();
     const uint32_t n_used   = table.used_max_p1();
-    const size_t   n_layers = cache.layers.size();
 
-    std::vector<cell_range> before;
-    std::vector<cell_range> after;
-    for (size_t l = 0; l < n_layers; ++l) {
-        before.push_back({ layers[l].first, n_before });
-        after .push_back({ first[l],        n_cells  });
+    std::vector<uint32_t> first_before;
+    for (const auto & layer : layers) {
+        first_before.push_back(layer.first);
     }
 
-    if (before == after) {
+    if (n_cells == n_before && first == first_before) {
         return true;
+    }
+
+    // In place, cells move up or down. Where it would be both, they move up first.
+    bool is_up   = n_cells > n_before;
+    bool is_down = n_cells < n_before;
+    for (size_t l = 0; l < layers.size(); ++l) {
+        is_up   = is_up   || first[l] < first_before[l];
+        is_down = is_down || first[l] > first_before[l];
+    }
+    if (is_up && is_down) {
+        auto lower = first;
+        for (size_t l = 0; l < layers.size(); ++l) {
+            lower[l] = std::min(first[l], first_before[l]);
+        }
+        return resize(std::max(n_cells, n_before), lower) && resize(n_cells, first);
     }
 
     GGML_ASSERT(n_used <= n_cells);
@@ -232,43 +282,53 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
     tokens   .reserve(n_cells);
     is_merged.reserve(n_cells);
 
-    // From the first time on every layer has a buffer of its own. They are replaced one by one, so that never more than
-    // one layer is there twice.
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_layers);
+    // From the first time on every tensor has a buffer of its own: in pages that grow, or replaced one by one, so that never
+    // more than one is there twice.
+    const size_t n_tensors = 2*cache.layers.size();
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_tensors);
 
     auto & bufs = has_own_bufs ? cache.ctxs_bufs : bufs_first;
 
     const auto layers_before = cache.layers;
 
-    size_t n_freed = 0; // bytes since the last time
+    if (!has_own_bufs) {
+        pages.clear();
+        pages.resize(n_tensors);
+    }
 
-    for (size_t l = 0; l < n_layers; ++l) {
-        auto & kv = cache.layers[l];
+    const auto replace = [&](size_t i, uint32_t n, const std::vector<uint32_t> & before, const std::vector<uint32_t> & after) {
+        const size_t   l = i/2;
+        const uint32_t c = std::max(before[l], after[l]); // the first cell that is in both
 
-        if (!replace_layer(kv.k, kv.v, v_trans, before[l], after[l], n_used, bufs[l])) {
-            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, after[l].size(), kv.il);
+        const cell_move move = { c - before[l], c - after[l], n_used > c ? n_used - c : 0 };
 
-            for (size_t i = 0; i < l; ++i) {
-                auto & done = cache.layers[i];
+        return resize_tensor(cache_tensor(i), is_trans(i), n - after[l], move, pages[i], bufs[i]);
+    };
 
-                if (has_own_bufs) {
-                    const bool ok = replace_layer(done.k, done.v, v_trans, after[i], before[i], n_used, bufs[i]);
-                    GGML_ASSERT(ok && "there was memory for the layer a moment ago");
-                } else {
-                    done = layers_before[i];
+    for (size_t i = 0; i < n_tensors; ++i) {
+        const auto * t = cache_tensor(i);
+
+        if (!has_own_bufs && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
+            pages[i] = kvmerge_pages(ggml_row_size(t->type, t->ne[0])*lctx->get_cparams().n_ctx_seq);
+        }
+
+        if (!replace(i, n_cells, first_before, first)) {
+            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells - first[i/2], cache.layers[i/2].il);
+
+            if (has_own_bufs) {
+                for (size_t j = 0; j < i; ++j) {
+                    const bool ok = replace(j, n_before, first, first_before);
+                    GGML_ASSERT(ok && "there was memory for the tensor a moment ago");
                 }
+            } else {
+                cache.layers = layers_before;
             }
             attach_tensors();
 
             version++; // graphs know the tensors that were there
 
             return false;
-        }
-
-        n_freed += has_own_bufs ? before[l].size()*bytes_per_cell(layers[l]) : 0;
-        if (n_freed > MAX_FREED) {
-            kvmerge_give_back();
-            n_freed = 0;
         }
     }
 
@@ -281,7 +341,7 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
     use_bias(std::move(bias));
 
-    for (size_t l = 0; l < n_layers; ++l) {
+    for (size_t l = 0; l < layers.size(); ++l) {
         layers[l].first = first[l];
     }
 
@@ -305,12 +365,24 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
     version++;
 
-    // also the buffers of the graphs follow the size
-    lctx->sched_reserve_later();
+    if (!is_up) {
+        // an update lets the buffers of the graphs grow, but not shrink
+        lctx->sched_reserve_later();
+    }
 
     LLAMA_LOG_DEBUG("%s: %u -> %u cells, %u in the smallest layer\n", __func__, n_before, n_cells, n_cells - n_low);
 
     return true;
+}
+
+ggml_tensor *& kvmerge_engine::cache_tensor(size_t i) {
+    auto & kv = cache.layers[i/2];
+
+    return i % 2 == 0 ? kv.k : kv.v;
+}
+
+bool kvmerge_engine::is_trans(size_t i) const {
+    return i % 2 == 1 && v_trans;
 }
 
 void kvmerge_engine::attach_tensors() {
@@ -341,6 +413,12 @@ void kvmerge_engine::shrink() {
     }
 
     resize(n, first_cells());
+
+    for (size_t i = 0; i < pages.size() && !room.is_tight; ++i) {
+        if (pages[i].data()) {
+            pages[i].keep(n_bytes_used(cache_tensor(i), is_trans(i), table.used_max_p1() - layers[i/2].first));
+        }
+    }
 }
 
 int64_t kvmerge_engine::bytes() const {
@@ -381,6 +459,9 @@ void kvmerge_engine::make_cells(uint64_t n_cells) {
     if (!resize(n, std::vector<uint32_t>(layers.size()))) {
         throw std::bad_alloc();
     }
+
+    // this is no update of the memory, after which the context would do it
+    lctx->sched_reserve_later();
 }
 
 bool kvmerge_engine::make_room(uint32_t n_tokens) {

@@ -115,6 +115,11 @@ def log_from(level: int) -> None:
     _native()[1].kvmerge_log_from(level)
 
 
+def trim() -> None:
+    """Give memory that was freed back to the system, as far as its allocator can do that."""
+    _native()[1].kvmerge_trim()
+
+
 @contextmanager
 def small_beginning(cells: int) -> Iterator[None]:
     """Let the context that is made inside begin with a cache of few cells, which then grows.
@@ -268,6 +273,13 @@ class Engine:
             Last pictures that every merge leaves as they are.
         """
         self._check(self._library.kvmerge_set_room(self._engine, cells, share, whole))
+
+    def lay_out(self, merged: bool) -> None:
+        """Lay out the graphs of a context of a model without weights, with merged cells or not.
+
+        llama.cpp logs the sizes of the compute buffers that this would take.
+        """
+        self._check(self._library.kvmerge_lay_out(self._engine, merged))
 
     def size(self) -> int:
         """Return the cells that the cache has, used or not."""

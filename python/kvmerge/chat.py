@@ -29,6 +29,7 @@ from llama_cpp.llama_chat_format import (
     chat_formatter_to_chat_completion_handler,
 )
 
+from ._binding import trim
 from .errors import (
     DecodeError,
     MediaError,
@@ -246,11 +247,14 @@ class ChatHandler(MTMDChatHandler):
                 f"the chat template shows {shown} of the messages' {len(parts)} pictures and "
                 "sounds: it does not take them at that place"
             )
-        with ExitStack() as stack:
+        with ExitStack() as stack, ExitStack() as pixels:
+            if parts:
+                # The media are gone by then, and may have been large.
+                stack.callback(trim)
             bitmaps = []
             for part in parts:
                 bitmap = self._bitmap(part)
-                stack.callback(mtmd_cpp.mtmd_bitmap_free, bitmap)
+                pixels.callback(mtmd_cpp.mtmd_bitmap_free, bitmap)
                 bitmaps.append(bitmap)
             chunks = mtmd_cpp.mtmd_input_chunks_init()
             if chunks is None:
@@ -271,6 +275,7 @@ class ChatHandler(MTMDChatHandler):
                 raise MediaError(
                     f"libmtmd could not prepare the prompt: {errors.reason or f'status {status}'}"
                 )
+            pixels.close()
             yield Prompt([self._segment(chunks, i) for i in range(self._n_chunks(chunks))])
 
     @staticmethod

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,21 @@ from . import _library
 from .byte_size import MIB
 from .errors import LibraryError, ModelError, OptionError
 from .gguf_file import check_gguf
-from .native_log import INFO, NativeLog, caught
+from .gguf_outline import GgufHeader
+from .native_log import DEBUG, NativeLog, caught
+from .resident import resident
 
 if TYPE_CHECKING:
     from ._binding import LayerShape
     from .policies import Policy
 
-_CACHE = re.compile(r"size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers")
+_CACHE = re.compile(
+    r"size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers.*"
+    r"K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB"
+)
 _COMPUTE = re.compile(r"compute buffer size = +([\d.]+) MiB")
+_OUTPUT = re.compile(r"output buffer size = +([\d.]+) MiB")
+_NODES = re.compile(r"max_nodes = (\d+)")
 
 
 @dataclass(frozen=True)
@@ -45,46 +53,102 @@ class ContextOptions:
 
 
 @dataclass(frozen=True)
-class ContextSizes:
-    """Buffers of a context, in bytes; ``cells`` is the size of its largest cache."""
+class GraphSizes:
+    """Buffers that a context computes in, in bytes, and the most nodes that a graph may have."""
 
-    kv: int
-    cells: int
     compute: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """A KV cache: its cells, and the bytes of its keys and values."""
+
+    cells: int
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True)
+class ContextSizes:
+    """Buffers of a context, in bytes; a model with a sliding window has two caches."""
+
+    caches: tuple[CacheSize, ...]
+    output: int
+    graphs: GraphSizes
+
+    @property
+    def cells(self) -> int:
+        """Cells of the largest cache."""
+        return self._largest.cells
+
+    @property
+    def kv(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(cache.keys + cache.values for cache in self.caches)
+
+    def kv_of(self, cells: int, together: bool) -> int:
+        """Return the bytes of keys and values where the largest cache holds so many cells only.
+
+        Parameters
+        ----------
+        cells : int
+            Cells that were written; what lies behind them takes no memory.
+        together : bool
+            Whether the values of a cell lie together. If not, there is one row a channel over all
+            cells, and all of it takes memory.
+        """
+        cache = self._largest
+        unused = cache.keys + (cache.values if together else 0)
+        return self.kv - unused * max(0, cache.cells - cells) // cache.cells
+
+    @property
+    def _largest(self) -> CacheSize:
+        return max(self.caches, key=lambda cache: cache.cells)
 
 
 @dataclass(frozen=True)
 class EngineSizes:
-    """What merging adds to a context: the merged layers, and buffers in bytes."""
+    """What merging adds to a context: the merged layers, and buffers in bytes.
+
+    ``before`` and ``merged`` are the graphs before and after the first merge.
+    """
 
     layers: tuple[LayerShape, ...]
     bias: int
     observed: int
+    before: GraphSizes
+    merged: GraphSizes
 
 
-def logged_sizes(form: re.Pattern[str], log: NativeLog) -> list[tuple[int, ...]]:
-    """Return the numbers of the lines of a form; the first of each is in MiB, and becomes bytes.
+def _logged(form: re.Pattern[str], log: NativeLog) -> list[tuple[str, ...]]:
+    """Return the groups of the lines of a form.
 
     Raises
     ------
     LibraryError
         If there is no such line.
     """
-    found = [match for line in log if (match := form.search(line))]
+    found = [match.groups() for line in log if (match := form.search(line))]
     if not found:
         raise LibraryError(
             f"llama.cpp did not log the sizes of its buffers ({form.pattern!r}): the libraries in "
             f"{_library.library_folder()} are of another version; install the package again"
         )
-    return [
-        (round(float(match[1]) * MIB), *(int(number) for number in match.groups()[1:]))
-        for match in found
-    ]
+    return found
+
+
+def _bytes(mib: str) -> int:
+    return round(float(mib) * MIB)
 
 
 def logged_compute(log: NativeLog) -> int:
     """Return the bytes of the compute buffers of all devices that were laid out."""
-    return sum(size for (size,) in logged_sizes(_COMPUTE, log))
+    return sum(_bytes(size) for (size,) in _logged(_COMPUTE, log))
+
+
+def _logged_graphs(log: NativeLog) -> GraphSizes:
+    return GraphSizes(logged_compute(log), int(_logged(_NODES, log)[-1][0]))
 
 
 class DryModel:
@@ -105,6 +169,7 @@ class DryModel:
 
     def __init__(self, path: str | os.PathLike[str], n_gpu_layers: int = 0) -> None:
         self._llama_cpp: Any = _library.load()
+        before = resident()
         self._contexts: dict[tuple[ContextOptions, int], ContextSizes] = {}
         self._engines: dict[tuple[ContextOptions, int, Policy], EngineSizes] = {}
         self.path = check_gguf(path, "model", ModelError)
@@ -121,6 +186,9 @@ class DryModel:
             if "clip" in errors.reason.lower():
                 hint = ". It looks like an mmproj: pass it as --mmproj and the model first"
             raise ModelError(f"{self.path} cannot be loaded: {errors.reason}{hint}")
+        self.vocabulary = max(0, resident() - before)
+        """Bytes that reading the metadata took: the vocabulary, for the most part."""
+        self._offloads = n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload())
 
     def __enter__(self) -> DryModel:
         return self
@@ -137,6 +205,22 @@ class DryModel:
     def weights(self) -> int:
         """Bytes of all weights."""
         return int(self._llama_cpp.llama_model_size(self.pointer))
+
+    @cached_property
+    def widest(self) -> int:
+        """Values in the longest row of a weight."""
+        with GgufHeader(self.path, "model", ModelError) as header:
+            return header.widest
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self._llama_cpp.llama_model_n_head(self.pointer))
+
+    @property
+    def grows_in_place(self) -> bool:
+        """Whether a cache that grows never is in memory twice, in part."""
+        return not self._offloads
 
     @property
     def trained_context(self) -> int:
@@ -186,8 +270,13 @@ class DryModel:
             engine = Engine(ctypes.cast(context, ctypes.c_void_p).value or 0, params)
             layers = tuple(engine.layer(i) for i in range(engine.stats().n_layers))
             observed = sum(rows * layer.n_head * layer.head_size_k * 4 for layer in layers)
+            graphs = []
+            for merged in (False, True):
+                with caught(DEBUG, quiet=True) as log:
+                    engine.lay_out(merged)
+                graphs.append(_logged_graphs(log))
             # K and V are not allocated here, so what it counts is the bias.
-            return EngineSizes(layers, engine.bytes(), observed)
+            return EngineSizes(layers, engine.bytes(), observed, *graphs)
 
         self._contexts[key[:2]], self._engines[key] = self._in_context(options, cells, attach)
         return self._engines[key]
@@ -204,7 +293,7 @@ class DryModel:
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
         params.type_k, params.type_v = options.type_k, options.type_v
         params.flash_attn_type = int(options.flash_attn)
-        with caught() as errors, caught(INFO, quiet=True) as log, small_beginning(cells):
+        with caught() as errors, caught(DEBUG, quiet=True) as log, small_beginning(cells):
             context = llama_cpp.llama_init_from_model(self.pointer, params)
         if not context:
             raise OptionError(
@@ -212,11 +301,13 @@ class DryModel:
                 f"{errors.reason or 'llama.cpp gave no reason'}"
             )
         try:
-            caches = logged_sizes(_CACHE, log)
             sizes = ContextSizes(
-                kv=sum(size for size, _ in caches),
-                cells=max(cells for _, cells in caches),
-                compute=logged_compute(log),
+                caches=tuple(
+                    CacheSize(int(cells), _bytes(keys), _bytes(values))
+                    for _, cells, keys, values in _logged(_CACHE, log)
+                ),
+                output=sum(_bytes(size) for (size,) in _logged(_OUTPUT, log)),
+                graphs=_logged_graphs(log),
             )
             return sizes, inspect(context)
         finally:

@@ -40,6 +40,7 @@ def _ggml() -> Any:
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     for name, result, arguments in (
         ("ggml_tensor_overhead", ctypes.c_size_t, []),
+        ("ggml_graph_overhead_custom", ctypes.c_size_t, [ctypes.c_size_t, ctypes.c_bool]),
         ("ggml_init", pointer, [_GgmlParams]),
         ("ggml_free", None, [pointer]),
         (
@@ -67,6 +68,14 @@ def _ggml() -> Any:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def graph_bytes(nodes: int) -> int:
+    """Return the bytes of the description of a graph of up to so many nodes."""
+    ggml = _ggml()
+    return nodes * int(ggml.ggml_tensor_overhead()) + int(
+        ggml.ggml_graph_overhead_custom(nodes, False)
+    )
 
 
 class GgufHeader:
@@ -105,6 +114,16 @@ class GgufHeader:
             int(ggml.gguf_get_tensor_size(self._pointer, i))
             for i in range(ggml.gguf_get_n_tensors(self._pointer))
         )
+
+    @property
+    def widest(self) -> int:
+        """Values in the longest row of a matrix."""
+        ggml = self._library
+        shapes = (
+            ggml.gguf_get_tensor_ne(self._pointer, i)
+            for i in range(ggml.gguf_get_n_tensors(self._pointer))
+        )
+        return max((int(shape[0]) for shape in shapes if shape[1] > 1), default=0)
 
     def text(self, key: str) -> str:
         """Return a text of the metadata; empty if there is none."""

@@ -6,12 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from .budget import Budget
-from .dry_load import ContextOptions, DryModel, EngineSizes
+from .dry_load import ContextOptions, ContextSizes, DryModel, EngineSizes, GraphSizes
 from .errors import UnsupportedError
+from .gguf_outline import graph_bytes
 from .policies import Policy
 
 _STEP = 256
 """A cache grows and shrinks by as many cells."""
+
+_RECORD = 20
+"""Bytes that the engine keeps for a merged cell, a layer and KV head."""
+
+_GRAPHS = 3
+"""Graphs that llama.cpp keeps: the largest one, and the last ones with and without logits."""
+
+_SCHEDULER = 1024
+"""Bytes that ggml's scheduler keeps for a node that a graph may have."""
+
+_KERNELS = 2**20
+"""Bytes of the code that computes, a model or an encoder; laying one out does not bring it in."""
+
+_PAGE = 4096
+"""Bytes of a page of memory, on most systems."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +54,33 @@ class Reading:
 
 @dataclass(frozen=True)
 class Vision:
-    """Bytes of the vision part; ``encoder`` is None where it is not known."""
+    """Bytes of the vision part; ``encoder`` is None where it is not known.
+
+    ``graphs`` are what describes the encoder's graph, and the rest of its state.
+    """
 
     weights: int = 0
     encoder: int | None = 0
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes that are resident, by what they are for.
 
-    ``queries`` are those that merging keeps of the prompt, ``cells`` is the size of the cache.
+    ``process`` is all that is there before a model is loaded, ``queries`` and ``records`` are what
+    merging keeps of the prompt and of each merged cell, ``cells`` is the size of the cache.
     """
 
+    process: int
     weights: int
     mmproj: int
+    vocabulary: int
     kv: int
     queries: int
+    records: int
     compute: int
+    graphs: int
     encoder: int
     cells: int
 
@@ -96,6 +121,8 @@ class Estimate:
         What is kept.
     max_cells : int, optional
         The most cells that the cache that merges may have; None is no limit but ``n_ctx``.
+    process : int
+        Bytes of the process before a model is loaded.
     """
 
     def __init__(
@@ -106,6 +133,7 @@ class Estimate:
         policy: Policy,
         budget: Budget,
         max_cells: int | None = None,
+        process: int = 0,
     ) -> None:
         self._model = model
         self._options = options
@@ -113,6 +141,7 @@ class Estimate:
         self._policy = policy
         self._budget = budget
         self._max_cells = max_cells
+        self._process = process
 
     def fit(self, reading: Reading) -> Fit:
         """Return what is resident when all that is read fits into the context."""
@@ -179,22 +208,53 @@ class Estimate:
             self._policy,
             self._budget,
             self._max_cells,
+            self._process,
         )
 
-    def _footprint(self, kv: int, queries: int, compute: int, cells: int) -> Footprint:
+    def _scratch(self, cells: int) -> int:
+        """Return what computing on the CPU needs beside the graph's own buffers.
+
+        The second operand of a product of matrices is brought into the form of the first: that of
+        the weights, or of V, where attention is not fused, with the weights of all cells for each
+        head. And llama-cpp-python's batch has room for ``n_ctx`` sequences a token, of which it
+        uses one.
+        """
+        options = self._options
+        n_batch = min(options.n_batch, options.n_ctx)
+        row = self._model.widest
+        if not options.flash_attn:
+            row = max(row, cells * self._model.heads)
+        batch = n_batch * min(_PAGE, 4 * options.n_ctx)
+        return 2 * min(options.n_ubatch, n_batch) * row + batch + _KERNELS
+
+    def _footprint(
+        self,
+        sizes: ContextSizes,
+        kv: int,
+        graphs: GraphSizes,
+        scratch: int,
+        queries: int = 0,
+        records: int = 0,
+    ) -> Footprint:
+        model, vision = self._model, self._vision
+        described = _GRAPHS * graph_bytes(graphs.nodes) + _SCHEDULER * graphs.nodes
         return Footprint(
-            weights=self._model.weights,
-            mmproj=self._vision.weights,
+            process=self._process,
+            weights=model.weights,
+            mmproj=vision.weights,
+            vocabulary=model.vocabulary,
             kv=kv,
             queries=queries,
-            compute=compute,
-            encoder=self._vision.encoder or 0,
-            cells=cells,
+            records=records,
+            compute=graphs.compute + sizes.output,
+            graphs=described + scratch + vision.graphs + (_KERNELS if vision.weights else 0),
+            encoder=vision.encoder or 0,
+            cells=sizes.cells,
         )
 
     def _full(self, options: ContextOptions) -> Footprint:
         sizes = self._model.context(options)
-        return self._footprint(sizes.kv, 0, sizes.compute, sizes.cells)
+        return self._footprint(sizes, sizes.kv, sizes.graphs, self._scratch(sizes.cells))
 
     def _kept(self, tokens: int) -> int:
         """Return the cells that are held of some tokens after the merge."""
@@ -208,46 +268,41 @@ class Estimate:
         return min(cells, most)
 
     def _merged(self, tokens: int) -> Footprint:
+        kept = self._kept(tokens)
         # One cell more: the next token needs one.
-        return self._with_engine(self._capped(self._kept(tokens) + 1), is_merged=True)
+        most = self._capped(tokens)
+        return self._with_engine(kept + 1, most, merged=kept if kept < tokens else 0)
 
     def _peak(self, tokens: int, is_merged: bool = False) -> Footprint:
-        cells = self._capped(tokens)
         # Where there may be fewer cells than tokens, the cache was merged on the way.
-        peak = self._with_engine(cells, is_merged=is_merged or cells < tokens)
-        # The cache changes its size layer by layer: one is there twice.
+        cells = self._capped(tokens)
+        is_merged = is_merged or cells < tokens
+        peak = self._with_engine(tokens, cells, merged=min(cells, tokens) if is_merged else 0)
+        if self._model.grows_in_place:
+            return peak
+        # Elsewhere the cache changes its size tensor by tensor: one is there twice.
         n_layers = len(self._engine(cells).layers)
-        return replace(peak, kv=peak.kv + peak.kv // n_layers)
+        return replace(peak, kv=peak.kv + peak.kv // (2 * n_layers))
 
     def _engine(self, cells: int) -> EngineSizes:
         return self._model.engine(self._options, cells, self._policy)
 
-    def _with_engine(self, cells: int, is_merged: bool) -> Footprint:
-        sizes, engine = self._model.context(self._options, cells), self._engine(cells)
-        compute = sizes.compute
-        if is_merged:
-            fused = replace(self._options, flash_attn=True)
-            smallest = self._model.context(fused, _STEP).compute
-            compute = self._compute_of_merged(cells, sizes.compute, smallest, engine)
-        return self._footprint(sizes.kv + engine.bias, engine.observed, compute, cells)
+    def _with_engine(self, held: int, most: int, merged: int) -> Footprint:
+        """Return what is resident with some cells in use, of which some are merged.
 
-    def _compute_of_merged(self, cells: int, stock: int, smallest: int, engine: EngineSizes) -> int:
-        """Return the compute buffers of a graph that adds the bias of merged cells.
-
-        It attends with one KV head at a time, each with a mask of its own beside the common one;
-        `stock` are the buffers of a graph that does not, `smallest` those that attention has no
-        part in.
+        `most` is the size that the cache has had: its scratch stays.
         """
-        layer = max(engine.layers, key=lambda layer: layer.n_head)
-        batch = min(self._options.n_ubatch, self._options.n_batch, self._options.n_ctx)
-        mask = cells * batch * (2 if self._options.flash_attn else 4)
-        if self._options.flash_attn:
-            # The residual, queries, and outputs of the heads so far, joined and to be joined; how
-            # tightly the allocator packs them was measured.
-            activations = round(5.5 * batch * layer.n_head * layer.head_size_k * 4)
-            return max(stock, 2 * mask + activations)
-        fewer_heads = layer.n_head - layer.n_head // layer.n_head_kv
-        return max(smallest, stock + mask - cells * batch * fewer_heads * 4)
+        cells = self._capped(held)
+        engine = self._engine(cells)
+        sizes = self._model.context(self._options, cells)
+        return self._footprint(
+            sizes,
+            sizes.kv_of(held, together=self._options.flash_attn) + engine.bias,
+            engine.merged if merged else engine.before,
+            self._scratch(most),
+            queries=engine.observed,
+            records=merged * _RECORD * sum(layer.n_head_kv for layer in engine.layers),
+        )
 
 
 def _round_up(cells: int) -> int:

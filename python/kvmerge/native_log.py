@@ -12,7 +12,7 @@ from typing import Any
 
 from ._binding import log_from
 
-_DEBUG, INFO, ERROR, _CONTINUED = 1, 2, 4, 5
+DEBUG, INFO, ERROR, _CONTINUED = 1, 2, 4, 5
 """Levels of ``enum ggml_log_level``."""
 
 _PREFIX = re.compile(r"^(?:[A-Za-z_]\w*(?:::\w+)?:\s+)+")
@@ -53,7 +53,7 @@ def set_verbose(verbose: bool) -> None:
     (Ctrl-C) that arrives inside one is lost.
     """
     global _usual
-    _usual = _DEBUG if verbose else ERROR
+    _usual = DEBUG if verbose else ERROR
     _filter()
 
 

@@ -22,6 +22,7 @@ from .errors import LibraryError, ProjectorError
 from .gguf_file import check_gguf
 from .gguf_outline import GgufHeader
 from .native_log import INFO, NativeLog, caught
+from .resident import resident
 
 _WARM_UP = re.compile(r"warmup with image size = (\d+) x (\d+)")
 # clip_init() is C++; its parameters and its result are plain C structs.
@@ -69,11 +70,13 @@ class ImageTokens:
 class EncoderPeak:
     """Compute buffers of the encoder, in bytes.
 
-    ``side`` is that of the square picture that they were laid out for.
+    ``side`` is that of the square picture that they were laid out for, ``graphs`` is what
+    laying them out took by itself.
     """
 
     size: int
     side: int
+    graphs: int
 
 
 class DryProjector:
@@ -203,13 +206,15 @@ class DryProjector:
             warmup=True,
             no_alloc=True,
         )
+        before = resident()
         with caught() as errors, caught(INFO, quiet=True) as log:
             contexts = clip_init(os.fsencode(self.path), params)
         if not contexts.vision:
             raise ProjectorError(f"the mmproj {self.path} cannot be laid out: {errors.reason}")
+        graphs = max(0, resident() - before)
         for name, _ in _ClipContexts._fields_:
             clip_free(getattr(contexts, name))
-        return EncoderPeak(logged_compute(log), _warm_up_side(log))
+        return EncoderPeak(logged_compute(log), _warm_up_side(log), graphs)
 
 
 def _warm_up_side(log: NativeLog) -> int:

@@ -25,6 +25,9 @@ __all__ = ["Batch", "Mix", "Sequencer", "context_tokens", "make_batch", "picture
 PICTURE = -1
 """Stands for one token of a picture."""
 
+FOUND = {"code": 3}
+"""Tokens at the end of a short answer that have to be looked up, where it is not one."""
+
 
 @dataclass
 class Mix:
@@ -33,8 +36,7 @@ class Mix:
     n_pictures: int
     rows: int
     weights: Sequence[float]
-    caption_share: float = 0.25
-    show: bool = True
+    caption_share: float = 0.0
     questions: tuple[int, int] = (18, 26)
     clutter: float = 1.0
 
@@ -56,7 +58,7 @@ class Sequencer:
         self.ids += ids
         self.weights += [weight] * len(ids)
 
-    def add_context(self, prompt: Prompt, show: bool, caption_weight: float) -> None:
+    def add_context(self, prompt: Prompt, caption_weight: float) -> None:
         """Append the system message and the pictures turn, without its end marker."""
         self.add([v.BEGIN])
         if prompt.system is not None:
@@ -64,19 +66,18 @@ class Sequencer:
         self.add([v.USER])
         for i, part in enumerate(prompt.parts):
             if isinstance(part, int):
-                if show:
-                    self.add([PICTURE] * self.patches)
+                self.add([PICTURE] * self.patches)
             else:
                 captioned = i in prompt.captions
                 if part.isdigit():
                     self.numbers.append(len(self.ids))
-                self.add(v.encode(part), caption_weight if captioned and show else 0.0)
+                self.add(v.encode(part), caption_weight if captioned else 0.0)
 
 
 def context_tokens(prompt: Prompt, patches: int) -> list[int]:
     """Return the tokens of the pictures turn with its end marker."""
     sequence = Sequencer(patches)
-    sequence.add_context(prompt, True, 0.0)
+    sequence.add_context(prompt, 0.0)
     return [*sequence.ids, v.END]
 
 
@@ -102,10 +103,26 @@ def _in_turn(rng: np.random.Generator, questions: Sequence[Question]) -> list[Qu
     return short + long
 
 
-def _weights(task: str, length: int) -> list[float]:
-    """Return the weight of the loss on every token of an answer and its end marker."""
-    # Long answers would else drown the short ones.
-    return [0.2 if task in SCANNING_TASKS else length**-0.5] * length
+def _weights(task: str, answer: Sequence[int]) -> list[float]:
+    """Return the weight of the loss on every token of an answer, end marker included."""
+    length = len(answer)
+    if task in SCANNING_TASKS:
+        # what is hard is the count so far, above all where it goes up
+        result, counts = [], [0]
+        for i, token in enumerate(answer):
+            after = v.TOKENS[answer[i - 1]] if i else ""
+            if after.startswith("\u0120") and v.TOKENS[token].isdigit():
+                result.append(1.2 if int(v.TOKENS[token]) > counts[-1] else 0.5)
+                counts.append(int(v.TOKENS[token]))
+            else:
+                result.append(0.12)
+        return result
+    if task in LONG_TASKS:
+        # long answers would else drown the short ones
+        return [length**-0.5] * length
+    # what is repeated of the question is easy
+    found = min(FOUND.get(task, 1), length - 1)
+    return [0.1] * (length - 1 - found) + [0.7] * found + [0.3]
 
 
 @dataclass
@@ -124,6 +141,8 @@ class Batch:
         Where each answer lies, end marker included.
     numbers : list of (row, position, colour, shape, letter)
         Where the number after each picture stands, and what the picture shows, by index.
+    patches : int
+        Tokens of one picture.
     """
 
     ids: Tensor
@@ -131,6 +150,7 @@ class Batch:
     pictures: list[int]
     spans: list[tuple[str, int, int, int]]
     numbers: list[tuple[int, int, int, int, int]]
+    patches: int
 
 
 def make_batch(
@@ -156,17 +176,16 @@ def make_batch(
             distractor_tokens=int(
                 mix.clutter * rng.integers(0, 30 * mix.n_pictures if crowded else 80)
             ),
-            captions=not mix.show or bool(rng.random() < mix.caption_share),
+            captions=bool(rng.random() < mix.caption_share),
             system=v.SYSTEM_TEXTS[int(rng.integers(3))] if rng.random() < 0.1 else None,
             draw=False,
         )
         sequence = Sequencer(patches)
-        sequence.add_context(prompt, mix.show, 0.3)
+        sequence.add_context(prompt, 0.3)
         for at, p in zip(sequence.numbers, prompt.pictures, strict=True):
             shown = list(COLOURS).index(p.colour), SHAPES.index(p.shape), LETTERS.index(p.letter)
             numbers.append((row, at, *shown))
-        if mix.show:
-            pictures += [pick(p, rng) for p in prompt.pictures]
+        pictures += [pick(p, rng) for p in prompt.pictures]
         joined = rng.random() < 0.2
         if not joined:
             sequence.add([v.END])
@@ -177,7 +196,7 @@ def make_batch(
             answer = [*v.encode(question.answer), v.END]
             spans.append((question.task, row, len(sequence.ids), len(sequence.ids) + len(answer)))
             sequence.ids += answer
-            sequence.weights += _weights(question.task, len(answer))
+            sequence.weights += _weights(question.task, answer)
         rows.append(sequence)
     length = max(len(r.ids) for r in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -185,4 +204,4 @@ def make_batch(
     for i, r in enumerate(rows):
         ids[i, : len(r.ids)] = torch.tensor(r.ids)
         weights[i, : len(r.ids)] = torch.tensor(r.weights)
-    return Batch(ids, weights, pictures, spans, numbers)
+    return Batch(ids, weights, pictures, spans, numbers, patches)

@@ -58,6 +58,12 @@ def export_decoder(state: dict[str, torch.Tensor], c: Config, path: Path) -> Non
     w.add_layer_norm_rms_eps(c.eps)
     w.add_rope_dimension_count(c.head_size)
     w.add_rope_freq_base(c.rope_base)
+    # For this architecture llama.cpp turns all channels; factors slow down those that stand still.
+    turned = c.rope_rates()
+    rates = c.rope_base ** (-torch.arange(0, c.head_size, 2) / c.head_size)
+    factors = torch.full_like(rates, 1e9)
+    factors[: len(turned)] = rates[: len(turned)] / turned
+    _add(w, "rope_freqs.weight", factors, "f32")
     w.add_vocab_size(c.vocabulary)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
 
@@ -96,6 +102,29 @@ def export_decoder(state: dict[str, torch.Tensor], c: Config, path: Path) -> Non
     _finish(w)
 
 
+VISION_BLOCK = {
+    "ln1": "ln1", "q": "attn_q", "k": "attn_k", "v": "attn_v", "out": "attn_out",
+    "ln2": "ln2", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+"""Names of the parts of a block of the ViT, and what GGUF calls them."""
+
+
+def read_vision(path: Path, c: Config) -> dict[str, torch.Tensor]:
+    """Read what `export_vision` has written."""
+    found = {t.name: torch.tensor(t.data).float() for t in gguf.GGUFReader(path).tensors}
+    names = {f"post.{p}": f"v.post_ln.{p}" for p in ("weight", "bias")}
+    names |= {f"mm{i}.{p}": f"mm.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
+    names |= {"patch.bias": "v.patch_embd.bias", "position": "v.position_embd.weight"}
+    names |= {
+        f"blocks.{i}.{ours}.{p}": f"v.blk.{i}.{theirs}.{p}"
+        for i in range(c.vision_layers)
+        for ours, theirs in VISION_BLOCK.items()
+        for p in ("weight", "bias")
+    }
+    kernel = found["v.patch_embd.weight"].reshape(c.vision_width, -1)
+    return {"patch.weight": kernel} | {ours: found[theirs] for ours, theirs in names.items()}
+
+
 def export_vision(state: dict[str, torch.Tensor], c: Config, path: Path) -> None:
     """Write the ViT and the projector."""
     w = gguf.GGUFWriter(str(path), "clip")
@@ -122,12 +151,8 @@ def export_vision(state: dict[str, torch.Tensor], c: Config, path: Path) -> None
     _add(w, "v.patch_embd.weight", kernel, "f16")
     _add(w, "v.patch_embd.bias", state["patch.bias"], "f32")
     _add(w, "v.position_embd.weight", state["position"], "f32")
-    names = {
-        "ln1": "ln1", "q": "attn_q", "k": "attn_k", "v": "attn_v", "out": "attn_out",
-        "ln2": "ln2", "up": "ffn_up", "down": "ffn_down",
-    }  # fmt: skip
     for i in range(c.vision_layers + 1):
-        for ours, theirs in names.items():
+        for ours, theirs in VISION_BLOCK.items():
             for part in ("weight", "bias"):
                 tensor = state[f"blocks.{min(i, c.vision_layers - 1)}.{ours}.{part}"]
                 if i == c.vision_layers:

@@ -6,6 +6,7 @@ The arithmetic follows what llama.cpp does for the projector type ``mlp`` and th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ class Config:
     ----------
     vocabulary : int
         Number of tokens.
+    rotary : int
+        Channels of a head that the rotary embedding turns.  The others compare what tokens are
+        about at any distance: what is found two pictures back is found twenty back.
     """
 
     vocabulary: int
@@ -38,6 +42,7 @@ class Config:
     kv_heads: int = 2
     head_size: int = 64
     ffn: int = 640
+    rotary: int = 32
     rope_base: float = 10000.0
     eps: float = 1e-5
 
@@ -45,6 +50,11 @@ class Config:
     def patches(self) -> int:
         """Number of tokens of one picture."""
         return (self.picture // self.patch) ** 2
+
+    def rope_rates(self) -> Tensor:
+        """Radians per position of every pair of channels that is turned."""
+        half = self.rotary // 2
+        return self.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
 
 
 class VisionBlock(nn.Module):
@@ -118,8 +128,9 @@ class RMSNorm(nn.Module):
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Interleaved rotary embedding: neighbouring channels are one complex number."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    first, rest = x.split((2 * turn.shape[-1], x.shape[-1] - 2 * turn.shape[-1]), dim=-1)
+    pairs = torch.view_as_complex(first.float().unflatten(-1, (-1, 2)))
+    return torch.cat((torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype), rest), dim=-1)
 
 
 class DecoderBlock(nn.Module):
@@ -186,9 +197,47 @@ class Decoder(nn.Module):
             if p.dim() == 2:
                 std = 0.02 if "embed" in name else p.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
-                    std /= (2 * c.layers) ** 0.5
+                    std /= 4 * (2 * c.layers) ** 0.5
                 nn.init.normal_(p, std=std)
         nn.init.normal_(self.embed.weight, std=0.06)
+        self._begin_copying()
+
+    @torch.no_grad()
+    def _begin_copying(self) -> None:
+        """Begin with what copying needs: heads that look one token back, and one that follows them.
+
+        A head of the first block tells every token what the token before it is.  A head of the
+        second looks for the token that comes after an earlier copy of the present one, and repeats
+        it.  Left to chance, the pair takes thousands of steps to form; training refines it.
+        """
+        c, first, second = self.c, self.blocks[0], self.blocks[1]
+        size, half = c.head_size, c.head_size // 2
+        one = torch.eye(size)
+        # One channel is the same in all tokens, so that a head can attend by place alone; others
+        # are free for what the first block says of the token before.
+        shared, before = 2 * size, slice(size, 2 * size)
+        self.embed.weight[:, before] = 0.0
+        self.embed.weight[:, shared] = 0.6
+        first.k.weight[:size] *= 0.1
+        first.k.weight[0:6:2, shared] = 0.6
+        for head, back in enumerate((1, 2)):
+            rows = slice(head * size, (head + 1) * size)
+            first.q.weight[rows] *= 0.1
+            for pair, rate in enumerate(c.rope_rates()[:3].tolist()):
+                first.q.weight[head * size + 2 * pair, shared] = 3.0 * math.cos(back * rate)
+                first.q.weight[head * size + 2 * pair + 1, shared] = -3.0 * math.sin(back * rate)
+        first.v.weight[:size] *= 0.1
+        first.v.weight[:size, :size] += one
+        first.out.weight[:, :size] *= 0.1
+        first.out.weight[before, :size] += 0.06 * one
+        second.q.weight[:size] *= 0.1
+        second.k.weight[:size] *= 0.1
+        second.q.weight[half:size, :half] += 3.0 * one[:half, :half]
+        second.k.weight[half:size, size : size + half] += 3.0 * one[:half, :half]
+        second.v.weight[:size] *= 0.1
+        second.v.weight[:size, :size] += one
+        second.out.weight[:, :size] *= 0.1
+        second.out.weight[:size, :size] += 0.5 * one
 
     def forward(
         self,
@@ -201,9 +250,8 @@ class Decoder(nn.Module):
 
         ``taps`` takes up what leaves the blocks that are its keys.
         """
-        half = self.c.head_size // 2
-        rates = self.c.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
-        angles = torch.arange(start, start + x.shape[1], dtype=torch.float32)[:, None] * rates
+        places = torch.arange(start, start + x.shape[1], dtype=torch.float32)
+        angles = places[:, None] * self.c.rope_rates()
         turn = torch.polar(torch.ones_like(angles), angles)[:, None]
         for i, block in enumerate(self.blocks):
             x = block(x, turn, cache, i)

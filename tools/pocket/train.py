@@ -5,7 +5,7 @@ Stages (each resumes from its checkpoint in the work folder):
 ``pool``    draw the training pictures once
 ``vision``  the ViT and the projector alone, as a classifier
 ``copy``    the fresh decoder alone, on copying random strings
-``text``    the decoder alone on the tasks, with captions in place of the pictures
+``text``    the decoder alone on the tasks, with few tokens made of words in place of the pictures
 ``align``   the projector, so that a picture token says what the three words of its caption say
 ``joint``   everything together on the tasks of :mod:`kvmerge.pocket.tasks`
 """
@@ -31,19 +31,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vocabulary as v  # noqa: E402
 from batches import PICTURE, Batch, Mix, make_batch, picture_index  # noqa: E402
+from export import read_vision  # noqa: E402
 from model import Config, Decoder, PocketModel, Vision  # noqa: E402
 from pocket.render import COLOURS, LETTERS, SHAPES, render_picture  # noqa: E402
-from pocket.tasks import MAX_PICTURES, TASKS, Picture  # noqa: E402
+from pocket.tasks import MAX_PICTURES, SCANNING_TASKS, TASKS, Picture  # noqa: E402
 
 REPEATS = 40
 """Pictures drawn of every (colour, shape, letter)."""
 
 VOCABULARY = v.SIZE
 
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+"""Whether products in bfloat16 are faster than in float32 here; elsewhere they are far slower."""
+
 GATHERING_WEIGHT = 0.15
 """Weight of `Gathering` next to the loss on the answers."""
 
-COPY_EVERY = 6
+COPY_GAP = 700
+"""Words between the copies, at most: as far as it is across a dozen pictures."""
+
+COPY_EVERY = 12
 """Every so many steps are a batch of copying, lest it be forgotten."""
 
 
@@ -143,7 +150,7 @@ def train_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
             combo // sizes[2] % sizes[1],
             combo % sizes[2],
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             pooled = vision(pixels).mean(1)
             scores = [head(pooled).float() for head in heads]
         losses = [F.cross_entropy(s, y) for s, y in zip(scores, labels, strict=True)]
@@ -216,7 +223,7 @@ def copy_loss(
 ) -> tuple[Tensor, float]:
     """Return the loss of copying about `size` tokens, and the share of right ones."""
     tokens, known = copy_batch(rng, size, gap)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         hidden = decoder(decoder.embed(tokens[:, :-1]))
         scores = decoder.logits(hidden[:, known[1:]]).float()
     goal = tokens[:, known]
@@ -231,12 +238,12 @@ def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> 
     decoder = Decoder(Config(VOCABULARY))
     optimizer = make_optimizer(decoder, rate, decay=0.01)
     path = work / "copy.pt"
-    first = 0
+    first, gap = 0, 0
     if path.exists():
         state = torch.load(path)
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first, gap = state["step"], state["gap"]
     rng = np.random.default_rng([2, first])
     begun = time.time()
     recent: list[float] = []
@@ -244,31 +251,31 @@ def train_copy(work: Path, steps: int, rows: int, rate: float, threads: int) -> 
         for group in optimizer.param_groups:
             # Held, not lowered: the step at which copying clicks varies.
             group["lr"] = rate * min(1.0, (step + 1) / 50)
-        loss, right = copy_loss(decoder, rng, 60 * rows, 0)
+        loss, right = copy_loss(decoder, rng, 60 * rows, gap)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         recent.append(right)
-        if (step + 1) % 25 == 0:
-            right = sum(recent[-25:]) / len(recent[-25:])
-            pace = (time.time() - begun) / (step + 1 - first)
-            log(f"copy {step + 1} loss {loss.item():.3f} right {right:.3f} {pace:.2f}s")
-            if (step + 1) % 50 == 0:
-                save(
-                    path,
-                    decoder=decoder.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    step=step + 1,
-                )
-            if right > 0.985:
-                save(
-                    path,
-                    decoder=decoder.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    step=steps,
-                )
-                return
+        if (step + 1) % 25:
+            continue
+        right = sum(recent[-50:]) / len(recent[-50:])
+        pace = (time.time() - begun) / (step + 1 - first)
+        log(f"copy {step + 1} gap {gap} loss {loss.item():.3f} right {right:.3f} {pace:.2f}s")
+        if right > (0.85 if gap < COPY_GAP else 0.95) and len(recent) >= 50:
+            done, gap, recent = gap == COPY_GAP, min(COPY_GAP, 2 * gap + 50), []
+            if done:
+                step = steps - 1
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            save(
+                path,
+                decoder=decoder.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+                gap=gap,
+            )
+        if step + 1 == steps:
+            break
 
 
 class Tally:
@@ -280,7 +287,7 @@ class Tally:
     def add(self, found: dict[str, list[float]]) -> None:
         """Take in the answers of one batch."""
         for task, values in found.items():
-            keep = 0.97 ** len(values)
+            keep = (0.9 if task in ("gather", "copy") else 0.97) ** len(values)
             self.right[task] = keep * self.right[task] + (1 - keep) * sum(values) / len(values)
 
     def weights(self) -> list[float]:
@@ -288,8 +295,9 @@ class Tally:
         return [0.3 + 1.0 - self.right[t] for t in TASKS]
 
     def mean(self) -> float:
-        """Accuracy over all tasks."""
-        return sum(self.right[t] for t in TASKS) / len(TASKS)
+        """Accuracy over the tasks that decide how many pictures are next; counting comes late."""
+        quick = [t for t in TASKS if t not in SCANNING_TASKS]
+        return sum(self.right[t] for t in quick) / len(quick)
 
     def text(self) -> str:
         """One line for the log."""
@@ -331,7 +339,7 @@ class Gathering(nn.Module):
         first = torch.cumsum(torch.bincount(where[:, 0]), 0).roll(1)
         first[0] = 0
         number = torch.arange(len(where)) - first[where[:, 0]]
-        at = where[:, 1] - torch.randint(5, 60, (len(where),))
+        at = where[:, 1] - torch.randint(1, batch.patches + 1, (len(where),))
         shown = batch.ids[where[:, 0], at] == PICTURE
         if shown.any():
             x = states[where[shown, 0], at[shown]].float()
@@ -341,19 +349,43 @@ class Gathering(nn.Module):
         return loss, right
 
 
+def worded_pictures(decoder: Decoder, batch: Batch) -> Tensor:
+    """Return picture tokens as `align_vision` will make them: what the three words say together.
+
+    Some say less, and all say it with noise.  A picture has as few tokens as the batch asks for, so
+    that most of the practice in finding answers costs little.
+    """
+    combo = torch.tensor(batch.pictures) // REPEATS
+    labels = (
+        combo // (len(SHAPES) * len(LETTERS)),
+        combo // len(LETTERS) % len(SHAPES),
+        combo % len(LETTERS),
+    )
+    words = decoder.embed.weight
+    result = 0.25 * words.detach().std() * torch.randn(len(combo), batch.patches, words.shape[1])
+    for group, label in zip((tuple(COLOURS), SHAPES, LETTERS), labels, strict=True):
+        heard = (torch.rand(len(combo), batch.patches, 1) < 0.9).float()
+        result = result + heard * words[word_rows(group)][label][:, None]
+    return result
+
+
 def forward_batch(
     model: PocketModel, batch: Batch, pixels: Tensor | None, gathering: Gathering | None = None
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """Return the loss of a batch and, for every answer, whether all its tokens are right.
 
-    With `gathering` its loss comes on top, and its share of right readings under ``gather``.
+    Without `pixels` words take the place of the pictures.  With `gathering` its loss comes on top,
+    and its share of right readings under ``gather``.
     """
     taps = {} if gathering is None else {gathering.block: torch.empty(0)}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         x = model.decoder.embed(batch.ids.clamp(min=0))
-        if pixels is not None:
-            features = model.vision(pixels).flatten(0, 1).to(x.dtype)
-            x = x.masked_scatter((batch.ids == PICTURE)[..., None], features)
+        if pixels is None:
+            features = worded_pictures(model.decoder, batch)
+        else:
+            features = model.vision(pixels)
+        features = features.flatten(0, 1).to(x.dtype)
+        x = x.masked_scatter((batch.ids == PICTURE)[..., None], features)
         hidden = model.decoder(x[:, :-1], taps=taps)
         marked = batch.weights[:, 1:] > 0
         scores = model.decoder.logits(hidden[marked]).float()
@@ -378,7 +410,7 @@ def pick_from_pool(picture: Picture, rng: np.random.Generator) -> int:
 
 
 def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -> None:
-    """Train the decoder on the tasks with captions in place of the pictures."""
+    """Train the decoder on the tasks with words in place of the pictures."""
     torch.set_num_threads(threads)
     torch.manual_seed(3)
     config = Config(VOCABULARY)
@@ -397,18 +429,17 @@ def train_text(work: Path, steps: int, rate: float, threads: int, tokens: int) -
         first = state["step"]
     rng = np.random.default_rng([3, first])
     tally = Tally()
-    most, changed = 2, first
+    most, changed = 3, first
     begun = time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 30)
         if step % COPY_EVERY == 0:
-            loss, _ = copy_loss(model.decoder, rng, tokens // 2, 200)
+            loss, copied = copy_loss(model.decoder, rng, tokens, COPY_GAP)
+            tally.add({"copy": [copied]})
         else:
             n = int(rng.integers(min(2, most), most + 1))
-            rows = max(2, tokens // (18 * n + 350))
-            mix = Mix(n, rows, tally.weights(), show=False, clutter=most / 12)
-            batch = make_batch(rng, mix, 0, pick_from_pool)
+            batch = draw_words(rng, n, tokens, tally.weights(), most / 12)
             loss, found = forward_batch(model, batch, None, gathering)
             tally.add(found)
         if tally.mean() > 0.75 and most < 12 and step >= changed + 8:
@@ -451,7 +482,9 @@ def align_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
     tables = [words[word_rows(group)] for group in (tuple(COLOURS), SHAPES, LETTERS)]
     config = Config(VOCABULARY)
     vision = Vision(config)
-    vision.load_state_dict(torch.load(work / "vision-weights.pt")["vision"], strict=False)
+    known = torch.load(work / "vision-weights.pt")["vision"]
+    vision.load_state_dict(known, strict=False)
+    fresh = f"blocks.{config.vision_layers - 1}.q.weight" not in known
     rng = np.random.default_rng(5)
 
     def draw(count: int) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -467,11 +500,12 @@ def align_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
 
     block, one = vision.blocks[-1], torch.eye(config.vision_width)
     with torch.no_grad():
-        for layer in (block.q, block.k, block.v, block.out, block.down):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        block.v.weight.copy_(one)
-        block.out.weight.copy_(3.0 * one)
+        if fresh:
+            for layer in (block.q, block.k, block.v, block.out, block.down):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            block.v.weight.copy_(one)
+            block.out.weight.copy_(3.0 * one)
         pixels, labels, goal = draw(3000)
         last, vision.mm2 = vision.mm2, nn.Identity()
         tokens = torch.cat([vision(part) for part in pixels.split(500)]).flatten(0, 1)
@@ -491,7 +525,7 @@ def align_vision(work: Path, steps: int, batch: int, rate: float, threads: int) 
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, rate, 30)
         pixels, labels, goal = draw(batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             features = vision(pixels)
         features = features.float()
         spread = (goal - goal.mean(0)).pow(2).mean()
@@ -523,6 +557,15 @@ def draw_batch(
     rows = max(1, round(tokens / (90 * n + 250)))
     mix = Mix(n, rows, weights, captions, clutter=clutter)
     return make_batch(rng, mix, Config(VOCABULARY).patches, pick_from_pool)
+
+
+def draw_words(
+    rng: np.random.Generator, n: int, tokens: int, weights: list[float], clutter: float
+) -> Batch:
+    """Draw a batch whose pictures are a few tokens each."""
+    patches = int(rng.integers(2, 9))
+    rows = max(2, tokens // (n * (patches + 24) + 350))
+    return make_batch(rng, Mix(n, rows, weights, 0.0, clutter=clutter), patches, pick_from_pool)
 
 
 def measure(model: PocketModel, pool: np.ndarray, seed: int) -> str:
@@ -568,7 +611,7 @@ def train_joint(
         [*decoder_groups, *vision_groups, *gathering_groups], betas=(0.9, 0.95)
     )
     path = work / "joint.pt"
-    first, spent, most, changed = 0, 0.0, 3, 0
+    first, spent, most, changed = 0, 0.0, 6, 0
     tally, words_only = Tally(), Tally()
     if path.exists():
         state = torch.load(path)
@@ -593,7 +636,7 @@ def train_joint(
             break
         part = max(step / steps, clock / (minutes * 60))
         model.vision.requires_grad_(part > 0.3)
-        fall = max(0.0, (part - 0.5) / 0.5)
+        fall = max(0.0, (part - 0.35) / 0.65)
         for group in optimizer.param_groups:
             group["lr"] = (
                 rate
@@ -603,25 +646,22 @@ def train_joint(
             )
         if tally.mean() > 0.75 and most < 12 and step >= changed + 15:
             most, changed = most + 1, step
-        most = max(most, min(12, int(3 + 12 * part)))
+        most = max(most, min(12, int(6 + 18 * part)))
         n = int(rng.integers(max(1, most - 4), most + 1))
-        if rng.random() < 0.1:
+        if rng.random() < (0.1 if part < 0.7 else 0.45):
             n = int(rng.integers(1, most + 1))
         if part > 0.5 and rng.random() < 0.08:
             n = int(rng.integers(13, 25))
         kind = rng.random()
-        if step % COPY_EVERY == 0 and part < 0.5:
-            loss, copied = copy_loss(model.decoder, rng, tokens, 700)
+        if step % COPY_EVERY == 0 and part < 0.85:
+            loss, copied = copy_loss(model.decoder, rng, tokens, COPY_GAP)
             tally.add({"copy": [copied]})
-        elif kind < 0.12 * (1 - 2 * part):
-            # Words in place of pictures: cheap practice in finding the answer.
-            rows = max(2, tokens // (36 * n + 700))
-            mix = Mix(n, rows, words_only.weights(), show=False, clutter=most / 12)
-            batch = make_batch(rng, mix, 0, pick_from_pool)
+        elif kind < 0.3 * (1 - part):
+            batch = draw_words(rng, n, tokens, words_only.weights(), most / 12)
             loss, found = forward_batch(model, batch, None, gathering)
             words_only.add(found)
         else:
-            captions = 0.3 if part < 0.15 else 0.05
+            captions = 0.05
             batch = draw_batch(rng, n, tokens, tally.weights(), captions, most / 12)
             loss, found = forward_batch(
                 model, batch, to_pixels(pool[batch.pictures], rng), gathering
@@ -674,6 +714,9 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("pocket-work"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--vision-from", type=Path, help="exported vision part to begin with, in place of a stage"
+    )
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=256)
     parser.add_argument("--vision-rate", type=float, default=1.5e-3)
@@ -696,7 +739,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if "pool" in wanted:
         draw_pool(args.work)
-    if "vision" in wanted:
+    if args.vision_from is not None and not (args.work / "vision-weights.pt").exists():
+        vision = read_vision(args.vision_from, Config(VOCABULARY))
+        save(args.work / "vision-weights.pt", vision=vision)
+    elif "vision" in wanted:
         train_vision(
             args.work, args.vision_steps, args.vision_batch, args.vision_rate, args.threads
         )

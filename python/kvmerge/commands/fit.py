@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+)[xX×](\d+)")
 _LARGEST_SIDE = 65536
 _ROWS = {
+    "process": "Python and libraries",
     "weights": "weights",
     "mmproj": "mmproj",
+    "vocabulary": "vocabulary, lists of weights",
     "kv": "KV cache",
     "queries": "observed queries",
+    "records": "records of merged cells",
     "compute": "compute buffers",
+    "graphs": "graphs, scratch",
     "encoder": "vision encoder, at its peak",
     "total": "total",
 }
@@ -76,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..dry_load import DryModel
     from ..memory import Estimate, Reading, Vision
     from ..policies import resolve
+    from ..resident import resident
 
     _check(arguments)
     width, height = _size(arguments.size)
@@ -83,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     policy = resolve(arguments.kv_merge)
     assert policy is not None  # a name always means one
     options = _options(arguments)
+    process = resident()
     memory = None if arguments.memory is None else parse_bytes("--memory", arguments.memory)
 
     with DryModel(arguments.model, arguments.n_gpu_layers) as model:
@@ -94,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         images = _images(arguments)
         reading = Reading(images, picture.tokens, arguments.text_tokens)
         max_cells = _max_cells(arguments, model, options)
-        estimate = Estimate(model, options, vision, policy, budget, max_cells)
+        estimate = Estimate(model, options, vision, policy, budget, max_cells, process)
         fit = estimate.fit(reading)
         within = None
         longest, trained = estimate.longest_context, model.trained_context
@@ -236,9 +242,11 @@ def _vision(
         peak = projector.encoder_peak(arguments.flash_attn)
     except (LibraryError, ProjectorError) as error:
         note = f"The vision encoder is not counted: {error}"
-    encoder = None if peak is None else peak.size
+    encoder, graphs = (None, 0) if peak is None else (peak.size, peak.graphs)
     if arguments.image_tokens is not None:
-        return _Picture(arguments.image_tokens, encoder, note), Vision(projector.weights, encoder)
+        return _Picture(arguments.image_tokens, encoder, note), Vision(
+            projector.weights, encoder, graphs
+        )
 
     sizes = [(width, height)]
     if peak is not None and peak.side:
@@ -251,7 +259,7 @@ def _vision(
             "The vision encoder is estimated: llama.cpp lays it out for pictures of "
             f"{peak.side}x{peak.side}, and larger ones take more."
         )
-    return _Picture(picture.total, encoder, note), Vision(projector.weights, encoder)
+    return _Picture(picture.total, encoder, note), Vision(projector.weights, encoder, graphs)
 
 
 # Output.

@@ -62,7 +62,7 @@ SHORT_TASKS: tuple[str, ...] = TASKS[:6]
 LONG_TASKS: tuple[str, ...] = TASKS[6:]
 """Tasks whose answers name every picture."""
 
-SCANNING_TASKS: tuple[str, ...] = ("picture_of", "count")
+SCANNING_TASKS: tuple[str, ...] = ("count",)
 """Tasks that look at the pictures one after the other, aloud; the last number is the answer."""
 
 MAX_PICTURES = len(LETTERS)
@@ -73,6 +73,9 @@ ADJECTIVES: tuple[str, ...] = (
 )  # fmt: skip
 NOUNS: tuple[str, ...] = (
     "box", "door", "key", "bag", "car", "cup", "lamp", "chair", "boat", "clock", "safe", "train",
+)  # fmt: skip
+DIGITS: tuple[str, ...] = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip
 PLACES: tuple[str, ...] = (
     "kitchen", "garden", "office", "station", "market", "cellar", "school", "harbour",
@@ -231,7 +234,7 @@ def _choose(rng: np.random.Generator, items: Sequence[str]) -> str:
 
 
 def _code(rng: np.random.Generator) -> str:
-    return "".join(str(d) for d in rng.integers(0, 10, 3).tolist())
+    return " ".join(DIGITS[d] for d in rng.permutation(10)[:3].tolist())
 
 
 def _distractor(rng: np.random.Generator) -> str:
@@ -263,29 +266,29 @@ def _ask(
     shown = pictures[at]
     if task == "letter_of":
         text = f"Which letter is on the {shown.colour} {shown.shape}?"
-        return Question(task, text, shown.letter)
+        return Question(task, text, f"The {shown.colour} {shown.shape} {shown.letter}")
     if task == "shape_at":
         return Question(task, f"What shape is in picture {at + 1}?", shown.shape)
     if task == "colour_at":
         return Question(task, f"What colour is in picture {at + 1}?", shown.colour)
     if task == "picture_of":
-        seen = "\n".join(f"{i + 1} {p.letter}" for i, p in enumerate(pictures[: at + 1]))
         text = f"Which picture has the letter {shown.letter}?"
-        return Question(task, text, f"{seen} so {at + 1}")
+        return Question(task, text, f"The letter {shown.letter}{at + 1}")
     if task == "count":
         colour = shown.colour
         if rng.random() < 0.15:
             colour = _choose(rng, tuple(COLOURS))
-        # every line: number, colour, how many so far
+        # every line: number, colour, what it is compared with, how many so far
         lines, found = [], 0
         for i, picture in enumerate(pictures):
             found += picture.colour == colour
-            lines.append(f"{i + 1} {picture.colour} {found}")
+            lines.append(f"{i + 1} {picture.colour} {colour}{found}")
         text = f"How many pictures show {colour}?"
         return Question(task, text, "\n".join(lines) + f" so {found}")
     if task == "code":
         fact = facts[int(rng.integers(len(facts)))]
-        return Question(task, f"What is the code of the {fact.name}?", fact.code)
+        text = f"What is the code of the {fact.name}?"
+        return Question(task, text, f"The {fact.name} {fact.code}")
     if task == "list_letters":
         return Question(task, "List all letters in order.", _lines(p.letter for p in pictures))
     if task == "list_colours":
