@@ -380,10 +380,7 @@ def forward_batch(
     taps = {} if gathering is None else {gathering.block: torch.empty(0)}
     with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         x = model.decoder.embed(batch.ids.clamp(min=0))
-        if pixels is None:
-            features = worded_pictures(model.decoder, batch)
-        else:
-            features = model.vision(pixels)
+        features = worded_pictures(model.decoder, batch) if pixels is None else model.vision(pixels)
         features = features.flatten(0, 1).to(x.dtype)
         x = x.masked_scatter((batch.ids == PICTURE)[..., None], features)
         hidden = model.decoder(x[:, :-1], taps=taps)
