@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvmerge._binding import Engine
 from kvmerge.policies import PRESETS
 from random_model import Shape, write_random_model
 from session import Session, llama_cpp
@@ -228,3 +230,21 @@ def test_what_was_cleared_is_read_as_new(model: Path) -> None:
             clear()
             session.position = 0
             np.testing.assert_allclose(read(session), first, atol=2e-2)
+
+
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_another_engine_finds_all_cells(model: Path, flash_attention: bool) -> None:
+    with start(model, "pyramid", flash_attention=flash_attention) as session:
+        results = []
+        for _ in range(2):
+            read(session)
+            session.engine.merge(300)
+            assert len(set(sizes(session))) > 1
+            results.append(session.generate(session.decode([3]), 3))
+            assert session.remove(0, -1)
+            session.position = 0
+            session.engine.detach()
+            address = ctypes.cast(session.context, ctypes.c_void_p).value or 0
+            session.engine = Engine(address, POLICIES["pyramid"])
+            assert len(set(sizes(session))) == 1
+        np.testing.assert_array_equal(results[0], results[1])

@@ -151,6 +151,11 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
     }
 
     try {
+        // one that was detached may have left layers without their first cells
+        if (cache->merge && !cache->merge->store_all()) {
+            return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory for the cells of all layers");
+        }
+
         std::shared_ptr<kvmerge_engine> engine(new kvmerge_engine(*cache, lctx, params, cache->get_n_seq_max()));
 
         if (const auto status = engine->init_layers()) {
