@@ -279,7 +279,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             prompt = pocket.make_prompt(rng, 2, tasks=["letter_of"], n_questions=1)
             for k, picture in enumerate(prompt.pictures):
                 picture.image.save(images / f"{i}-{k}.png")
-            right = prompt.questions[0].answer
+            right = prompt.questions[0].answer.split()[-1]
             instance = {
                 "context": "Picture 1:{image#1}Picture 2:{image#2}" + prompt.questions[0].text,
                 "images_path": [f"{i}-0.png", f"{i}-1.png"],

@@ -194,6 +194,9 @@ KVMERGE_API const char * kvmerge_error_message(void);
 // llama_decode(). For the whole process; not while another thread logs.
 KVMERGE_API void kvmerge_log_from(int32_t level);
 
+// Passes a message on as kvmerge_log_from() says: a ggml_log_callback for libraries with a log of their own (libmtmd).
+KVMERGE_API void kvmerge_log(int32_t level, const char * text, void * data);
+
 // Memory that was freed goes back to the system, as far as its allocator can do that: after much was read, for example.
 KVMERGE_API void kvmerge_trim(void);
 

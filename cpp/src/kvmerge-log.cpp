@@ -9,18 +9,22 @@ static ggml_log_callback next      = nullptr;
 static void *            next_data = nullptr;
 static int32_t           lowest    = GGML_LOG_LEVEL_NONE;
 
-static void filter(ggml_log_level level, const char * text, void * data) {
+void kvmerge_log(int32_t level, const char * text, void * data) {
     (void) data;
 
-    static ggml_log_level last = GGML_LOG_LEVEL_NONE;
+    static int32_t last = GGML_LOG_LEVEL_NONE;
 
     // what continues a message goes where its beginning went
     if (level != GGML_LOG_LEVEL_CONT) {
         last = level;
     }
-    if (last >= lowest) {
-        next(level, text, next_data);
+    if (last >= lowest && next) {
+        next((ggml_log_level) level, text, next_data);
     }
+}
+
+static void filter(ggml_log_level level, const char * text, void * data) {
+    kvmerge_log(level, text, data);
 }
 
 void kvmerge_log_from(int32_t level) {

@@ -115,6 +115,12 @@ def log_from(level: int) -> None:
     _native()[1].kvmerge_log_from(level)
 
 
+def log_address() -> int:
+    """Return the address of the log callback that passes on what `log_from` lets through."""
+    ffi, library, _ = _native()
+    return int(ffi.cast("intptr_t", library.kvmerge_log))
+
+
 def trim() -> None:
     """Give memory that was freed back to the system, as far as its allocator can do that."""
     _native()[1].kvmerge_trim()

@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from ._binding import log_from
+from ._binding import log_address, log_from
 
 DEBUG, INFO, ERROR, _CONTINUED = 1, 2, 4, 5
 """Levels of ``enum ggml_log_level``."""
@@ -86,7 +86,8 @@ def _install() -> Any:
             usual(level, text, user_data)
 
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
+    # libmtmd has a log of its own; it too calls back only for what somebody wants
+    mtmd_cpp.mtmd_helper_log_set(llama_cpp.llama_log_callback(log_address()), ctypes.c_void_p(0))
     return callback
 
 
