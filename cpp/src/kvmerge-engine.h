@@ -95,7 +95,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // The stream without K and V of the cells that a layer does not store. What is written with the one has to be read
     // with the other.
     std::unique_ptr<llama_io_write_i> stored_only(llama_io_write_i & io, llama_seq_id seq_id) const;
-    std::unique_ptr<llama_io_read_i>  stored_only(llama_io_read_i  & io) const;
+    std::unique_ptr<llama_io_read_i>  stored_only(llama_io_read_i  & io);
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
 
@@ -280,6 +280,8 @@ private:
     bool     keeps_plans  = true;
     bool     gives_back   = false; // the next ubatch finds memory that was freed
     uint32_t n_wanted     = 0;     // tokens that found no slot
+    std::vector<uint32_t> n_left_out; // [layer] first cells that the state being read leaves out
+
     bool     is_restored  = false; // a state was read, and the cells are not yet as few as they may be
     bool     has_own_bufs = false; // every tensor of the cache has a buffer of its own
 

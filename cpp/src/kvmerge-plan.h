@@ -8,6 +8,7 @@
 
 #include "kvmerge.h"
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -20,6 +21,11 @@ struct kvmerge_cell {
     uint8_t modality = KVMERGE_TEXT;
     bool    is_whole = false; // of a picture that this merge leaves as it is
 };
+
+// the layer holds nothing in it, and nothing attends to it
+inline bool kvmerge_is_empty(const kvmerge_cell & cell) {
+    return cell.mass == 0 && cell.bias == -INFINITY;
+}
 
 struct kvmerge_plan {
     std::vector<kvmerge_cell> cells;  // [n] what was there, in the order of the cells

@@ -216,7 +216,7 @@ std::vector<uint32_t> kvmerge_engine::first_cells() const {
     for (size_t l = 0; l < layers.size() && room.is_elastic; ++l) {
         const auto holds_nothing = [&](uint32_t idx) {
             return !table.is_empty(idx) && is_merged[idx] && std::all_of(merged[l].begin(), merged[l].end(),
-                    [&](const auto & head) { return head[idx].mass == 0 && head[idx].bias == -INFINITY; });
+                    [&](const auto & head) { return kvmerge_is_empty(head[idx]); });
         };
 
         while (res[l] < table.size() && holds_nothing(res[l])) {

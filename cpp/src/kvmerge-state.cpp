@@ -169,7 +169,7 @@ std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i &
     return std::make_unique<stored_write>(io, stored_runs(*this, std::move(n_out)));
 }
 
-std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io) const {
+std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io) {
     if (read<uint32_t>(io) != STATE_MAGIC) {
         refuse("it was saved without merging");
     }
@@ -180,12 +180,12 @@ std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & i
         refuse("it is of another model (number of layers)");
     }
 
-    std::vector<uint32_t> n_out(layers.size());
-    for (auto & n : n_out) {
+    n_left_out.resize(layers.size());
+    for (auto & n : n_left_out) {
         n = read<uint32_t>(io);
     }
 
-    return std::make_unique<stored_read>(io, stored_runs(*this, std::move(n_out)));
+    return std::make_unique<stored_read>(io, stored_runs(*this, n_left_out));
 }
 
 //
@@ -213,7 +213,7 @@ static kvmerge_cell read_cell(llama_io_read_i & io) {
     cell.bias     = read<float>  (io);
     cell.modality = read<uint8_t>(io);
 
-    const bool is_empty = cell.order == -1 && cell.mass == 0 && cell.bias == -INFINITY;
+    const bool is_empty = cell.order == -1 && kvmerge_is_empty(cell);
     const bool is_used  = is_count(cell.order) && cell.mass >= 0 && cell.mass <= MAX_COUNT && std::isfinite(cell.bias);
 
     if (!(is_empty || is_used) || !is_count(cell.segment) || cell.modality >= kvmerge_observer::n_modalities) {
@@ -343,8 +343,6 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
     for (const auto & layer : layers) {
         const uint32_t n_out = count_unstored(layer, cells);
 
-        write(io, n_out);
-
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
             for (size_t i = n_out; i < cells.size(); ++i) {
                 io.write_tensor(layer.sum, h*layer.sum->nb[1] + (cells[i] - layer.first)*sizeof(float), sizeof(float));
@@ -452,11 +450,11 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
         cells_saved.push_back(std::move(cell));
     }
 
-    for (auto & layer : layers) {
-        const auto n_out = read<uint32_t>(io);
+    for (size_t l = 0; l < layers.size(); ++l) {
+        const auto & layer = layers[l];
 
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
-            for (size_t i = n_out; i < cells.size(); ++i) {
+            for (size_t i = n_left_out[l]; i < cells.size(); ++i) {
                 io.read_tensor(layer.sum, h*layer.sum->nb[1] + cells[i]*sizeof(float), sizeof(float));
             }
         }

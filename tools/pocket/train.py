@@ -658,8 +658,7 @@ def train_joint(
             loss, found = forward_batch(model, batch, None, gathering)
             words_only.add(found)
         else:
-            captions = 0.05
-            batch = draw_batch(rng, n, tokens, tally.weights(), captions, most / 12)
+            batch = draw_batch(rng, n, tokens, tally.weights(), 0.05, most / 12)
             loss, found = forward_batch(
                 model, batch, to_pixels(pool[batch.pictures], rng), gathering
             )
@@ -717,15 +716,15 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=256)
     parser.add_argument("--vision-rate", type=float, default=1.5e-3)
-    parser.add_argument("--copy-steps", type=int, default=2500)
+    parser.add_argument("--copy-steps", type=int, default=1500)
     parser.add_argument("--copy-rows", type=int, default=48)
     parser.add_argument("--copy-rate", type=float, default=1e-3)
-    parser.add_argument("--text-steps", type=int, default=300)
+    parser.add_argument("--text-steps", type=int, default=1600)
     parser.add_argument("--text-rate", type=float, default=8e-4)
-    parser.add_argument("--align-steps", type=int, default=300)
+    parser.add_argument("--align-steps", type=int, default=130)
     parser.add_argument("--joint-steps", type=int, default=2400)
     parser.add_argument("--joint-rate", type=float, default=8e-4)
-    parser.add_argument("--joint-minutes", type=float, default=60.0)
+    parser.add_argument("--joint-minutes", type=float, default=66.0)
     parser.add_argument("--tokens", type=int, default=7000)
     args = parser.parse_args()
     wanted = (

@@ -119,8 +119,7 @@ def _tokens() -> list[str]:
             if any(ch.isalnum() for ch in piece):
                 known.setdefault("".join(_BYTES[b] for b in piece.encode()))
     known.setdefault("\u0120(")
-    digits = "zero one two three four five six seven eight nine".split()
-    for word in ("Code", "for", *digits, "shows", "goes", "with"):
+    for word in ("Code", "for", *t.DIGITS, "shows", "goes", "with"):
         known.setdefault(word)
         known.setdefault("\u0120" + word)
     result = list(known)
