@@ -34,6 +34,13 @@ def attention(values: Array, q_order: Index, order: Index, bias: Array | None = 
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def spread(rows: Index, order: Index, n: int) -> Index:
+    """At most ``n`` of the rows, evenly spread in the order of their tokens."""
+    rows = rows[np.argsort(order[rows])]
+    n = min(n, len(rows))
+    return rows[[i * len(rows) // n for i in range(n)]]
+
+
 def importance(weights: Array, heads_kv: int) -> Array:
     """FlowMM eq. 8: summed over queries and group, ``[kv heads, n]``."""
     rows, heads, n = weights.shape
@@ -76,6 +83,10 @@ def allocate(how: str, budget: int, n: int, p: dict[str, Any], need: Array, flow
     if how == "pyramid":
         low = budget / 20
         want = np.linspace(2 * budget - low, low, layers)
+    elif how == "early":
+        early = layers // 4
+        want = np.full(layers, budget * (layers - 2 * early) / (layers - early))
+        want[:early] = 2 * budget
     elif how == "cover":
         want = np.zeros(layers)
         phi = float(budget)
@@ -205,7 +216,8 @@ def mosaic(
     rest = [i for i in range(n) if i not in window | sinks]
     blocks: dict[bool, dict[int, list[int]]] = {True: defaultdict(list), False: defaultdict(list)}
     for i in rest:
-        blocks[bool(modality[i] == 0)][int(segment[i])].append(i)
+        is_text = bool(modality[i] == 0)
+        blocks[is_text][0 if is_text else int(segment[i])].append(i)
     n_all, texts = len(rest), sum(len(b) for b in blocks[True].values())
     floor_sum = p["floor"] * len(blocks[False])
     if texts == n_all:
@@ -318,7 +330,7 @@ def biases(
     target: Index, kept: Index, mass: Array, score: Array, weight: Array, values: Array,
     how: str, keys: str,
 ) -> Array:  # fmt: skip
-    """Bias of every pivot; ``values [queries, n]`` are the proxies' logits of one KV head."""
+    """Bias of every pivot; ``values [queries, n]`` are logits of one KV head."""
     out = np.zeros(len(kept))
     for c, pivot in enumerate(kept):
         members = np.flatnonzero(target == pivot)

@@ -41,7 +41,8 @@ POLICIES |= {
     "look-m-mean": LookM(fold="mean"),
     "look-m-weighted": LookM(fold="weighted"),
     "mosaic-keep": Mosaic(keep=5, text=0.2),
-    "mosaic-groups": Mosaic(pivots=0.0, neighbours=1, value_norm=False),
+    "mosaic-groups": Mosaic(allocate="uniform", neighbours=1, value_norm=False),
+    "mosaic-pivots": Mosaic(pivots=0.5, text=0.3, text_pivots=0.75, floor=2),
 }
 CACHES = [("f32", True), ("f32", False), ("f16", True), ("f16", False), ("q8_0", True)]
 
@@ -200,6 +201,8 @@ def check_layer(
         np.testing.assert_allclose(found, expected, rtol=scoring, atol=1e-5)
 
     values = oracle.logits(q[proxy], k, queries.scale)
+    asked = oracle.spread(np.flatnonzero(~proxy & (queries.modality == 0)), queries.order, window)
+    fitted = oracle.logits(np.concatenate([q[proxy], q[asked]]), k, queries.scale)
     if policy.score == "proxy":
         proxies = oracle.attention(values, queries.order[proxy], order)
         scores = oracle.importance(proxies, heads_kv)
@@ -227,7 +230,10 @@ def check_layer(
         if policy.select == "mosaic":
             differs = target != oracle.mosaic(key, score, modality, segment, budget, p)
             assert differs.mean() < 0.02, "only near ties of distances may differ"
-            assert not (segment[target[target >= 0]] != segment[target >= 0]).any()
+            folded = target >= 0
+            assert (modality[target[folded]] == modality[folded]).all()
+            folded &= modality > 0
+            assert (segment[target[folded]] == segment[folded]).all(), "pictures stay apart"
         elif policy.select == "runs":
             differs = target != oracle.runs(key, score, segment, budget, p)
             assert differs.mean() < 0.02
@@ -257,7 +263,7 @@ def check_layer(
         counts = np.array([(target == pivot).sum() for pivot in kept])
         assert after.mass[unused:, head].tolist() == counts.tolist()
         assert counts.sum() == (target >= 0).sum()
-        of_head = values[:, head * group : (head + 1) * group].reshape(-1, n)
+        of_head = fitted[:, head * group : (head + 1) * group].reshape(-1, n)
         bias = oracle.biases(target, kept, mass, score, weight, of_head, policy.bias, policy.keys)
         np.testing.assert_allclose(after.bias[unused:, head], bias, atol=scoring * 3, rtol=scoring)
         assert after.order[unused:, head].tolist() == kept.tolist()

@@ -83,6 +83,7 @@ enum kvmerge_allocate {
     KVMERGE_ALLOCATE_PYRAMID = 1, // falling linearly with depth (PyramidKV)
     KVMERGE_ALLOCATE_COVER   = 2, // as many as cover a share `cover` of each modality's attention (MadaKV)
     KVMERGE_ALLOCATE_ENTROPY = 3, // by the entropy of the attention between modalities (MEDA)
+    KVMERGE_ALLOCATE_EARLY   = 4, // twice the mean in the first quarter of the layers (mosaic)
 };
 
 // select: which tokens survive
@@ -119,7 +120,8 @@ enum kvmerge_bias {
     KVMERGE_BIAS_NONE  = 0,
     KVMERGE_BIAS_COUNT = 1, // log of the number of tokens that the pivot stands for
     KVMERGE_BIAS_MASS  = 2, // log of the ratio of attention, group to pivot, that the proxies give
-    KVMERGE_BIAS_FIT   = 3, // mean over the proxies of log(sum of exp(logits of the group)) - logit of the new key
+    KVMERGE_BIAS_FIT   = 3, // mean of log(sum of exp(logits of the group)) - logit of the new key over the proxies and as many
+                            // sampled queries of text
 };
 
 // residual: where tokens go that found no pivot

@@ -76,12 +76,15 @@ static int32_t n_to_cover(const kvmerge_plan & plan, bool text, float share) {
     return count;
 }
 
+bool kvmerge_allocates_by_score(const kvmerge_params & params) {
+    return params.allocate == KVMERGE_ALLOCATE_COVER || params.allocate == KVMERGE_ALLOCATE_ENTROPY;
+}
+
 std::vector<int32_t> kvmerge_allocate(
         const std::vector<std::vector<kvmerge_plan>> & plans,
         const std::vector<kvmerge_flow>              & flows,
-        int32_t n_cells, int32_t n_most, const kvmerge_params & params) {
+        int32_t n, int32_t n_cells, int32_t n_most, const kvmerge_params & params) {
     const int32_t n_layers = plans.size();
-    const int32_t n        = plans[0][0].cells.size();
     const int32_t n_min    = std::min(n_cells, params.n_sink + kvmerge_n_keep(params));
 
     std::vector<double> want(n_layers, n_cells);
@@ -95,6 +98,15 @@ std::vector<int32_t> kvmerge_allocate(
                 const double min = n_cells/20.0;
                 const double max = 2.0*n_cells - min;
                 want[l] = n_layers > 1 ? max - (max - min)*l/(n_layers - 1) : n_cells;
+            }
+            break;
+        case KVMERGE_ALLOCATE_EARLY:
+            {
+                // the first quarter of the layers gets twice the mean, the others share what is left
+                const int32_t n_early = n_layers/4;
+                for (int32_t l = 0; l < n_layers; ++l) {
+                    want[l] = l < n_early ? 2.0*n_cells : n_cells*(double) (n_layers - 2*n_early)/(n_layers - n_early);
+                }
             }
             break;
         case KVMERGE_ALLOCATE_COVER:

@@ -83,7 +83,7 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         double value, min, max;
     } ranges[] = {
         { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
-        { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_ENTROPY },
+        { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_EARLY   },
         { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
         { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_FLOW_REVERSED },
         { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_SCORE       },
@@ -966,8 +966,15 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         return KVMERGE_OK;
     };
 
-    // Where every layer keeps as many, one layer after the other: the logits of all of them would be a lot.
-    const bool is_uniform = params.allocate == KVMERGE_ALLOCATE_UNIFORM;
+    // One layer after the other where the sizes do not depend on the scores: the logits of all layers would be a lot.
+    const bool by_score = kvmerge_allocates_by_score(params);
+
+    const auto allocate = [&]() { return kvmerge_allocate(plans_new, flows_new, cells.size(), n_cells, n_most, params); };
+
+    std::vector<int32_t> budgets;
+    if (!by_score) {
+        budgets = allocate();
+    }
 
     int64_t t_score = 0; // us
 
@@ -980,15 +987,15 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
         t_score += ggml_time_us() - t_layer;
 
-        if (is_uniform) {
-            if (const auto status = match(l, n_cells)) {
+        if (!by_score) {
+            if (const auto status = match(l, budgets[l])) {
                 return status;
             }
         }
     }
 
-    if (!is_uniform) {
-        const auto budgets = kvmerge_allocate(plans_new, flows_new, n_cells, n_most, params);
+    if (by_score) {
+        budgets = allocate();
 
         for (size_t l = 0; l < layers.size(); ++l) {
             if (const auto status = match(l, budgets[l])) {

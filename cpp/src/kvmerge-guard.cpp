@@ -70,10 +70,9 @@ bool kvmerge_guard_layer(
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
         auto & plan = plans[h];
 
-        const int64_t n         = plan.cells.size();
-        const int64_t n_queries = plan.logits.size()/n;
+        const int64_t n = plan.cells.size();
 
-        if (n_queries < 2) {
+        if (plan.n_proxies < 2) {
             continue;
         }
         if (graph.is_full() && !graph.run()) {
@@ -84,7 +83,7 @@ bool kvmerge_guard_layer(
 
         std::vector<float> weights; // [n_rows][n]
         std::vector<float> evicted;
-        for (int64_t q = 1; q < n_queries; q += 2) {
+        for (int64_t q = 1; q < plan.n_proxies; q += 2) {
             add_differences(plan, engine.params.move_keys, plan.logits.data() + q*n, weights, evicted);
         }
         weights.insert(weights.end(), evicted.begin(), evicted.end());

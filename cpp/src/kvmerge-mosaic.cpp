@@ -57,7 +57,8 @@ static void share_cells(std::vector<mosaic_block> & blocks, int32_t n_cells) {
     }
 }
 
-// text or media tokens that are not forced, cut into blocks by segment
+// Text or media tokens that are not forced, cut into blocks by segment. All text is one: the same words come again and
+// again between pictures, and what is alike may share a cell wherever it stands. Pictures stay apart.
 static std::vector<mosaic_block> make_blocks(const kvmerge_plan & plan, bool text, int32_t n_floor) {
     std::map<int32_t, mosaic_block> segments;
 
@@ -65,7 +66,7 @@ static std::vector<mosaic_block> make_blocks(const kvmerge_plan & plan, bool tex
         const auto & cell = plan.cells[i];
 
         if (plan.fate[i] == KVMERGE_DROPPED && cell.mass > 0 && (cell.modality == KVMERGE_TEXT) == text) {
-            segments[cell.segment].member.push_back(i);
+            segments[text ? 0 : cell.segment].member.push_back(i);
         }
     }
 

@@ -4,7 +4,8 @@
 //
 // Choosing the survivors by importance alone loses what the question does not point at. Here a picture is cut into groups
 // of similar keys (farthest-point seeds, nearest seed), and every group becomes one cell; a share of the cells
-// (params.pivots) may go to its most important tokens instead. Text stays whole while it fits in its share.
+// (params.pivots) may go to its most important tokens instead. Text stays whole while it fits in its share; what does not
+// fit is grouped across all of its runs.
 
 #include "kvmerge-engine.h"
 

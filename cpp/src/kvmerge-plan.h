@@ -33,7 +33,8 @@ struct kvmerge_plan {
     // score
     std::vector<float> score;         // [n] importance
     std::vector<float> value_norm;    // [n] norms of the values, empty unless asked for
-    std::vector<float> logits;        // [n_queries][n] attention logits of the proxies, empty unless asked for
+    std::vector<float> logits;        // [n_queries][n] attention logits of the proxies, then of sampled text; empty unless asked for
+    int32_t            n_proxies = 0; // rows of `logits` that are of proxies
 
     // select
     std::vector<uint8_t> fate;        // [n] enum kvmerge_fate

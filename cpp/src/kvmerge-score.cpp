@@ -107,10 +107,45 @@ static ggml_tensor * build_attention(
     return ggml_reshape_4d(ctx, kq, n, n_rows, n_group, n_heads);
 }
 
+// logits of queries in `slots`, appended to what the plans have
+static void output_logits(
+        kvmerge_graph & graph, ggml_tensor * kq, std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads, bool proxies) {
+    const size_t n_logits = ggml_nelements(kq)/n_heads;
+
+    graph.output(kq, [&plans, n_logits, head, n_heads, proxies](const std::vector<uint8_t> & bytes) {
+        const float * logits = reinterpret_cast<const float *>(bytes.data());
+        for (int32_t h = 0; h < n_heads; ++h) {
+            auto & plan = plans[head + h];
+            plan.logits.insert(plan.logits.end(), logits + h*n_logits, logits + (h + 1)*n_logits);
+            if (proxies) {
+                plan.n_proxies = plan.logits.size()/plan.cells.size();
+            }
+        }
+    });
+}
+
+// at most `n` of the sampled queries of text, spread evenly
+static std::vector<int32_t> spread_text(const kvmerge_observer & observer, const std::vector<int32_t> & samples, size_t n) {
+    std::vector<int32_t> text;
+    for (int32_t slot : samples) {
+        if (observer.row(slot).modality == KVMERGE_TEXT) {
+            text.push_back(slot);
+        }
+    }
+
+    std::vector<int32_t> res;
+    n = std::min(n, text.size());
+    for (size_t i = 0; i < n; ++i) {
+        res.push_back(text[i*text.size()/n]);
+    }
+
+    return res;
+}
+
 // I(i): what the proxy queries give to cell i, summed over queries and the group's heads (FlowMM eq. 8)
 static void build_importance(
         kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
-        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
+        const std::vector<int32_t> & slots, const std::vector<int32_t> & text, const std::vector<uint32_t> & cells,
         std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
 
@@ -119,14 +154,13 @@ static void build_importance(
     ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
     if (engine.params.bias == KVMERGE_BIAS_FIT || engine.params.guard) {
-        const size_t n_logits = n*slots.size()*(layer.n_head/layer.n_head_kv);
+        output_logits(graph, kq, plans, head, n_heads, true);
 
-        graph.output(kq, [&plans, n_logits, head, n_heads](const std::vector<uint8_t> & bytes) {
-            const float * logits = reinterpret_cast<const float *>(bytes.data());
-            for (int32_t h = 0; h < n_heads; ++h) {
-                plans[head + h].logits.assign(logits + h*n_logits, logits + (h + 1)*n_logits);
-            }
-        });
+        // What is asked later is text: what text before looked for says more than the last question alone. These queries
+        // are taken as if they were asked now, so they see all cells.
+        if (!text.empty()) {
+            output_logits(graph, build_logits(graph, engine, layer, text, cells, head, n_heads), plans, head, n_heads, false);
+        }
     }
 
     ggml_tensor * a = build_attention(graph, engine, layer, kq, slots, plans, head, n_heads);
@@ -239,12 +273,14 @@ bool kvmerge_score_layer(
         return (int32_t) std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/per_head));
     };
 
+    const auto text = spread_text(engine.observer, samples, window.size());
+
     int32_t step = heads_at_once(window.size());
     for (int32_t h = 0; h < layer.n_head_kv; h += step) {
         if (graph.is_full() && !graph.run()) {
             return false;
         }
-        build_importance(graph, engine, layer, window, cells, plans, h, std::min(step, layer.n_head_kv - h));
+        build_importance(graph, engine, layer, window, text, cells, plans, h, std::min(step, layer.n_head_kv - h));
     }
 
     if (engine.params.value_norm) {

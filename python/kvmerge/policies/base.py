@@ -21,9 +21,10 @@ class Policy:
     score : {"proxy", "position", "all"}
         How important a token is: the attention that the last `window` tokens of the prompt give
         it, its place (the later, the better), or the attention that all tokens give it.
-    allocate : {"uniform", "pyramid", "cover", "entropy"}
+    allocate : {"uniform", "pyramid", "cover", "entropy", "early"}
         How many cells each layer gets: the same, fewer with depth, as many as cover the share
-        `cover` of each modality's attention, or by the entropy of attention between modalities.
+        `cover` of each modality's attention, by the entropy of attention between modalities, or
+        twice the mean in the first quarter of the layers.
     select : {"top", "text", "modality", "mosaic", "runs"}
         Which tokens are kept: the highest scores; text before all else; each modality by the
         attention that it gets; partly by score and partly as groups that cover every picture; or
@@ -38,8 +39,8 @@ class Policy:
         by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.
     bias : {"count", "none", "mass", "fit"}
         What is added to the attention logit of a token that stands for others: the logarithm of
-        how many, nothing, or what the window's queries say that the group weighs, before or after
-        its key was moved.
+        how many, nothing, what the window's queries say that the group weighs, or what they and as
+        many queries of text before them say after its key was moved.
     residual : {"none", "segment", "all"}
         Where tokens go that found no kept one: nowhere, into one cell for each picture or stretch
         of text, or into one for all.

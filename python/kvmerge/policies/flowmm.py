@@ -42,8 +42,8 @@ class FlowMM(Policy):
     keys : {"move", "keep"}
         Whether the key of a token that stands for others becomes the mean of its group.
     bias : {"fit", "count", "mass", "none"}
-        What such a token's attention logit gets: what makes the window's queries give it the
-        attention of its group, the logarithm of the number it stands for, the logarithm of the
+        What such a token's attention logit gets: what makes the window's queries and as many of the
+        text before give it the attention of its group, the logarithm of the number it stands for, the logarithm of the
         measured ratio of attention, or nothing.  The paper leaves it open; fitting kept most
         answers in the quality table (``docs/quality.md``).
     fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}

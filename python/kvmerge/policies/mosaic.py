@@ -17,22 +17,27 @@ class Mosaic(Policy):
     (farthest-point seeds, each token to its nearest), and every group becomes one cell: the mean
     of its keys and values, with a bias that gives it the attention of the group.  No group crosses
     the border of a picture, and every picture keeps at least `floor` cells.  Text stays as it is
-    as far as it fits in its share; of what does not fit, the most important tokens are kept.
+    as far as it fits in its share; what does not fit is grouped in the same way, and there a group
+    may hold like words from anywhere in the text.  The first quarter of the layers keeps twice the
+    mean: words and pictures are found there by what they are, later layers look at a few places.
 
     The defaults are those that kept most answers in the quality table (``docs/quality.md``).
 
     Parameters
     ----------
-    floor : int, default 2
+    allocate : {"early", "uniform", "pyramid", "cover", "entropy"}
+        How many cells each layer gets; see `Policy`.
+    floor : int, default 1
         Cells that every picture keeps at least, 0 to 1024.
-    text : float, default 0.75
+    text : float, default 0.9
         Share of the budget that text may take, 0 to 1; the pictures' floor goes first.
-    text_pivots : float, default 1.0
+    text_pivots : float, default 0.0
         Share of the cells of text for its most important tokens, the rest for groups, 0 to 1.
     pivots : float, default 0.0
         Share of the pictures' cells for their most important tokens, the rest for groups, 0 to 1.
     window : int, default 16
-        Tokens at the end of the prompt whose queries score and fit the bias, 1 to 256.
+        Tokens at the end of the prompt whose queries score and, with as many of the text before,
+        fit the bias, 1 to 256.
     keep : int, default 4
         Last tokens, always kept, 0 to 256; 0 is as many as `window`.
     neighbours : int, default 3
@@ -43,13 +48,14 @@ class Mosaic(Policy):
 
     select: str = field(default="mosaic", init=False)
     match: str = field(default="segment", init=False)
+    allocate: str = "early"
     tau: float = field(default=1.0, init=False)
     bias: str = "fit"
     neighbours: int = 3
     value_norm: bool = True
     keep: int = 4
     sinks: int = 1
-    floor: int = 2
+    floor: int = 1
     pivots: float = 0.0
-    text: float = 0.75
-    text_pivots: float = 1.0
+    text: float = 0.9
+    text_pivots: float = 0.0

@@ -91,7 +91,11 @@ class Flag:
 
 OPTIONS: dict[str, Word | Whole | Number | Flag] = {
     "score": Word("score", "proxy", {"proxy": 0, "position": 1, "all": 2}),
-    "allocate": Word("allocate", "uniform", {"uniform": 0, "pyramid": 1, "cover": 2, "entropy": 3}),
+    "allocate": Word(
+        "allocate",
+        "uniform",
+        {"uniform": 0, "pyramid": 1, "cover": 2, "entropy": 3, "early": 4},
+    ),
     "select": Word("select", "top", {"top": 0, "text": 1, "modality": 2, "mosaic": 3, "runs": 4}),
     "match": Word(
         "match",
