@@ -270,7 +270,8 @@ KVMERGE_API int32_t kvmerge_get_stats(const struct kvmerge_engine * engine, stru
 //   rho            share of all attention that crosses modalities
 //   text_to_media  the part of it that text queries give to pictures and sound
 //   media_to_text  the part of it that pictures and sound give to text; rho is the sum of both (and, with more
-//                  than two modalities, of picture-sound)
+//                  than two modalities, of picture-sound); -1: not measured, as neither the policy uses it nor
+//                  plans are kept
 // Returns n_layers, or a negative status.
 KVMERGE_API int32_t kvmerge_get_flow(
         const struct kvmerge_engine * engine,
@@ -280,7 +281,8 @@ KVMERGE_API int32_t kvmerge_get_flow(
         int32_t                       capacity);
 
 // Whether what a merge did to each cell is kept for kvmerge_get_plan(), which takes about 33 bytes a cell, layer and KV
-// head. It is unless told otherwise. With false what is kept now goes.
+// head, and the flow measured even where the policy does not use it. It is unless told otherwise. With false what is kept
+// now goes.
 KVMERGE_API void kvmerge_keep_plans(struct kvmerge_engine * engine, bool keep);
 
 // What the last merge did to each of the n cells it found, for one layer (index among the merged layers) and KV head.

@@ -377,6 +377,11 @@ void kvmerge_engine::keep_plans(bool keep) {
     }
 }
 
+bool kvmerge_engine::measures_flow() const {
+    return keeps_plans || params.match == KVMERGE_MATCH_FLOW || params.match == KVMERGE_MATCH_FLOW_REVERSED ||
+        params.allocate == KVMERGE_ALLOCATE_ENTROPY;
+}
+
 kvmerge_status kvmerge_engine::set_params(const kvmerge_params & params_new) {
     if (const auto status = check_params(params_new)) {
         return status;

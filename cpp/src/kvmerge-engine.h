@@ -77,6 +77,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     void keep_plans(bool keep);
 
+    // for the policy, or to be seen: it takes longer than the other scores
+    bool measures_flow() const;
+
     //
     // called by llama_kv_cache
     //

@@ -51,7 +51,7 @@ struct kvmerge_plan {
 
 // Cross-modal flow of one layer (FlowMM eq. 6-7), as shares of all attention.
 struct kvmerge_flow {
-    float rho           = 0;
+    float rho           = 0; // -1: not measured
     float text_to_media = 0;
     float media_to_text = 0;
 };

@@ -297,6 +297,11 @@ bool kvmerge_score_layer(
         n_present += engine.observer.count(seq_id, m) > 0;
     }
 
+    if (!engine.measures_flow()) {
+        flow.rho = -1;
+        return true;
+    }
+
     // with one modality nothing can cross
     if (n_present > 1 && !samples.empty()) {
         step = heads_at_once(samples.size());

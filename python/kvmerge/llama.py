@@ -144,7 +144,7 @@ class Llama(StockLlama):
         fraction in `kv_budget`, which then is of the other tokens.
     kv_trace : bool
         Keep what the last merge did to every token, for `kvmerge.report`; takes 33 bytes a token,
-        layer and KV head.
+        layer and KV head.  The flow between modalities is then measured for every policy.
     image_min_tokens, image_max_tokens : int, optional
         Bounds on the tokens of a picture, for models whose pictures vary in size.
     **options
@@ -926,6 +926,8 @@ class Llama(StockLlama):
                 zip(flows.rho, flows.text_to_media, flows.media_to_text, strict=True)
             ):
                 rho, text_to_media, media_to_text = (float(value) for value in values)
+                if rho < 0:
+                    continue
                 across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
                 index = engine.layer(i).index
                 flow.append(LayerFlow(index, rho, text_to_media, media_to_text, across))
