@@ -224,7 +224,8 @@ def mosaic(
         n_text = min(free, texts)
     else:
         wish = max(2 * free * texts // max(1, n_all), int(np.float32(p["text"]) * free))
-        n_text = max(0, min(min(texts, wish), free - floor_sum))
+        n_media = max(floor_sum, free * (n_all - texts) // n_all // 8)
+        n_text = max(0, min(min(texts, wish), free - n_media))
     n_media = free - n_text
     media_groups = max(
         min(n_media, floor_sum), int(np.floor(n_media * (1 - np.float32(p["pivots"])) + 0.5))

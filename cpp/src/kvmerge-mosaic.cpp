@@ -146,7 +146,8 @@ static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const f
     }
 }
 
-// cells for text: all of it while it fits in its share, else at least twice its proportional share
+// Cells for text: all of it while it fits in its share, else at least twice its proportional share. Pictures keep their
+// floor and an eighth of their proportional share, so that a long text does not take everything.
 static int32_t text_cells(const kvmerge_plan & plan, int32_t n_free, int32_t n_media_floor, float share) {
     int32_t n_text = 0;
     int32_t n_all  = 0;
@@ -162,10 +163,11 @@ static int32_t text_cells(const kvmerge_plan & plan, int32_t n_free, int32_t n_m
         return std::min(n_free, n_text);
     }
 
-    const int32_t fair = 2*(int64_t) n_free*n_text/std::max(1, n_all);
-    const int32_t want = std::min(n_text, std::max(fair, (int32_t) (share*n_free)));
+    const int32_t fair  = 2*(int64_t) n_free*n_text/n_all;
+    const int32_t want  = std::min(n_text, std::max(fair, (int32_t) (share*n_free)));
+    const int32_t media = std::max<int32_t>(n_media_floor, (int64_t) n_free*(n_all - n_text)/n_all/8);
 
-    return std::max(0, std::min(want, n_free - n_media_floor));
+    return std::max(0, std::min(want, n_free - media));
 }
 
 bool kvmerge_mosaic_layer(

@@ -164,7 +164,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Flow:
-    """Cross-modal flow of the last merge, one value a layer; ``rho`` is -1 where none was measured."""
+    """Cross-modal flow of the last merge, one value a layer; ``rho`` is -1: not measured."""
 
     rho: npt.NDArray[np.float32]
     text_to_media: npt.NDArray[np.float32]

@@ -79,8 +79,8 @@ class KVStats:
     last_merge_ms : float
         How long the last of them took.
     flow : tuple of LayerFlow
-        Cross-modal flow per layer in the last of them; empty where the policy does not use it, unless
-        there is a trace (``kv_trace=True``).
+        Cross-modal flow per layer in the last of them; empty where the policy does not use it,
+        unless there is a trace (``kv_trace=True``).
     layer_cells : tuple of int
         Cells that each merged layer holds.
     """

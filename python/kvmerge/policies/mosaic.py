@@ -30,7 +30,8 @@ class Mosaic(Policy):
     floor : int, default 1
         Cells that every picture keeps at least, 0 to 1024.
     text : float, default 0.9
-        Share of the budget that text may take, 0 to 1; the pictures' floor goes first.
+        Share of the budget that text may take, 0 to 1; the pictures' floor and an eighth of their
+        proportional share go first.
     text_pivots : float, default 0.0
         Share of the cells of text for its most important tokens, the rest for groups, 0 to 1.
     pivots : float, default 0.0

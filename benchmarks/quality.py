@@ -1,0 +1,39 @@
+"""Every figure of the quality section and of docs/quality.md, one run after the other.
+
+All of it takes some hours on two cores; a run that was interrupted goes on where it stopped.
+
+    python benchmarks/quality.py --jobs 2 --update docs/quality.md --update README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+KNOWN = "--pictures 12 --questions 200 --methods reference,preset"
+UNKNOWN = "--pictures 12 --questions 50 --methods reference,preset --mode unknown"
+ABLATIONS = "--pictures 12 --questions 30 --methods ablation,quantized"
+RUNS = (KNOWN, UNKNOWN, ABLATIONS)
+"""Options of ``kvmerge eval``; all write into one folder."""
+
+
+def main() -> int:
+    """Run all and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
+    parser.add_argument("--out", type=Path, default=Path("kvmerge-eval"), help="folder of answers")
+    parser.add_argument(
+        "--update", type=Path, action="append", default=[], help="page to put the tables into"
+    )
+    arguments = parser.parse_args()
+    evaluate = [sys.executable, "-m", "kvmerge", "eval", "--out", str(arguments.out)]
+    for options in RUNS:
+        subprocess.run([*evaluate, *options.split(), "--jobs", str(arguments.jobs)], check=True)
+    pages = [word for page in arguments.update for word in ("--update", str(page))]
+    return subprocess.run([*evaluate, "--report-only", *pages], check=True).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
