@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", default="0.2", help="what is kept: a fraction such as 0.2, or a number of cells"
     )
-    parser.add_argument("--policy", default="flowmm", help="how the cache is merged")
+    parser.add_argument("--policy", default="auto", help="how the cache is merged")
     parser.add_argument("--pictures", type=int, default=12, help="how many pictures are shown")
     parser.add_argument("--seed", type=int, default=1, help="other pictures and questions")
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
