@@ -1,5 +1,5 @@
-# Libraries that stop at the first wrong access to memory: AddressSanitizer and all assertions for
-# llama.cpp and ggml, UndefinedBehaviorSanitizer for the engine too.
+# Libraries that stop at the first wrong access to memory: AddressSanitizer and the assertions of
+# llama.cpp and ggml (but ggml-cpu, see CMakeLists.txt), UndefinedBehaviorSanitizer for the engine too.
 
 if(KVMERGE_SANITIZE)
     if(MSVC)

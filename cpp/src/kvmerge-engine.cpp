@@ -635,10 +635,13 @@ kvmerge_layer * kvmerge_engine::find_layer(const ggml_tensor * k) {
 }
 
 uint32_t kvmerge_engine::n_nodes(uint32_t n_tokens) const {
+    // an attention and its views
+    const uint32_t n_attn = lctx->get_cparams().flash_attn ? 16 : 24;
+
     uint32_t res = 0;
 
     for (const auto & layer : layers) {
-        res += 24 + 24*layer.n_head_kv; // observing, views of what is stored, and one attention per KV head
+        res += 24 + n_attn*layer.n_head_kv; // observing, views of what is stored, and one attention per KV head
 
         if (layer.sum) {
             res += 64*(1 + n_tokens/KVMERGE_SUM_ROWS);
@@ -804,11 +807,11 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
 
     pending = {};
 
-    // the merge's own graphs took larger buffers than the model's need
-    lctx->sched_reserve_later();
-    lctx->sched_reserve();
-
+    // The merge's own graphs took larger buffers than the model's need. They go back to the system before the new ones come,
+    // else these are found where those were, and all of them is resident before anything was computed.
+    lctx->sched_free();
     kvmerge_give_back();
+    lctx->sched_reserve();
 
     return status;
 }

@@ -14,12 +14,16 @@
 
 // What one cell holds, as one layer and KV head see it.
 struct kvmerge_cell {
-    int32_t order    = -1; // index of the token in its sequence, counted from 0
-    int32_t segment  = 0;  // picture, clip or run of text that it belongs to
-    float   mass     = 1;  // number of tokens that it stands for, 0: the layer holds nothing here
-    float   bias     = 0;  // what is added to its attention logit
-    uint8_t modality = KVMERGE_TEXT;
-    bool    is_whole = false; // of a picture that this merge leaves as it is
+    int32_t order = -1; // index of the token in its sequence, counted from 0
+    float   mass  = 1;  // number of tokens that it stands for, 0: the layer holds nothing here
+    float   bias  = 0;  // what is added to its attention logit
+
+    // in one word: there is one of these for every merged cell, layer and KV head
+    uint32_t segment  : 28; // picture, clip or run of text that it belongs to
+    uint32_t modality : 3;
+    uint32_t is_whole : 1;  // of a picture that this merge leaves as it is
+
+    kvmerge_cell() : segment(0), modality(KVMERGE_TEXT), is_whole(0) {}
 };
 
 // the layer holds nothing in it, and nothing attends to it

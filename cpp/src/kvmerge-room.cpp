@@ -154,15 +154,24 @@ static void move_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, c
 
         memmove(row + move.to*unit, data + (e*n_old + move.from)*unit, move.n*unit);
         memset (row, 0, move.to*unit);
-        if (trans) {
-            memset(row + (move.to + move.n)*unit, 0, (n_dst - move.to - move.n)*unit);
-        }
     }
 }
 
-// bytes of K or V up to the end of the last used row
-static size_t n_bytes_used(const ggml_tensor * t, bool trans, uint32_t n_used) {
-    return trans ? ggml_nbytes(t) : n_used*t->nb[1];
+// What lies behind the used cells goes back to the system. Where memory holds one row a channel it cannot, and is cleared:
+// attention multiplies it by 0, which leaves a NaN what it is.
+static void keep_used(const ggml_tensor * t, bool trans, uint32_t n_used, kvmerge_pages & pages) {
+    if (!trans) {
+        pages.keep(n_used*t->nb[1]);
+        return;
+    }
+
+    const size_t unit = ggml_type_size(t->type);
+
+    for (int64_t e = 0; e < t->ne[0]; ++e) {
+        memset(static_cast<char *>(t->data) + (e*t->ne[1] + n_used)*unit, 0, (t->ne[1] - n_used)*unit);
+    }
+
+    pages.keep(ggml_nbytes(t));
 }
 
 // replace K or V of a layer by a tensor of n_rows cells; the caller owns its buffer
@@ -199,7 +208,7 @@ static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const c
     }
 
     if (pages.data()) {
-        pages.keep(n_bytes_used(res, trans, move.to + move.n));
+        keep_used(res, trans, move.to + move.n, pages);
     }
 
     t     = res;
@@ -416,7 +425,7 @@ void kvmerge_engine::shrink() {
 
     for (size_t i = 0; i < pages.size() && !room.is_tight; ++i) {
         if (pages[i].data()) {
-            pages[i].keep(n_bytes_used(cache_tensor(i), is_trans(i), table.used_max_p1() - layers[i/2].first));
+            keep_used(cache_tensor(i), is_trans(i), table.used_max_p1() - layers[i/2].first, pages[i]);
         }
     }
 }
@@ -535,7 +544,7 @@ void kvmerge_engine::mark_whole(int32_t n_cells, std::vector<kvmerge_plan> & pla
         for (const auto & cell : plans[0].cells) {
             if (cell.modality != KVMERGE_TEXT && (segment < 0 || cell.segment < segment)) {
                 n    = cell.segment > next ? 1 : n + (cell.segment == next);
-                next = std::max(next, cell.segment);
+                next = std::max<int32_t>(next, cell.segment);
             }
         }
 

@@ -194,10 +194,10 @@ std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & i
 
 static void write_cell(llama_io_write_i & io, const kvmerge_cell & cell) {
     write(io, cell.order);
-    write(io, cell.segment);
+    write(io, int32_t(cell.segment));
     write(io, cell.mass);
     write(io, cell.bias);
-    write(io, cell.modality);
+    write(io, uint8_t(cell.modality));
 }
 
 static bool is_count(int64_t value) {
@@ -207,18 +207,24 @@ static bool is_count(int64_t value) {
 static kvmerge_cell read_cell(llama_io_read_i & io) {
     kvmerge_cell cell;
 
-    cell.order    = read<int32_t>(io);
-    cell.segment  = read<int32_t>(io);
-    cell.mass     = read<float>  (io);
-    cell.bias     = read<float>  (io);
-    cell.modality = read<uint8_t>(io);
+    cell.order = read<int32_t>(io);
+
+    const auto segment = read<int32_t>(io);
+
+    cell.mass = read<float>(io);
+    cell.bias = read<float>(io);
+
+    const auto modality = read<uint8_t>(io);
 
     const bool is_empty = cell.order == -1 && kvmerge_is_empty(cell);
     const bool is_used  = is_count(cell.order) && cell.mass >= 0 && cell.mass <= MAX_COUNT && std::isfinite(cell.bias);
 
-    if (!(is_empty || is_used) || !is_count(cell.segment) || cell.modality >= kvmerge_observer::n_modalities) {
+    if (!(is_empty || is_used) || !is_count(segment) || segment >= 1 << 28 || modality >= kvmerge_observer::n_modalities) {
         refuse("a cell is damaged");
     }
+
+    cell.segment  = segment;
+    cell.modality = modality;
 
     return cell;
 }

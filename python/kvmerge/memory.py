@@ -14,7 +14,7 @@ from .policies import Policy
 _STEP = 256
 """A cache grows and shrinks by as many cells."""
 
-_RECORD = 20
+_RECORD = 16
 """Bytes that the engine keeps for a merged cell, a layer and KV head."""
 
 _GRAPHS = 3

@@ -164,6 +164,8 @@ def load(llm: Llama, path: str | os.PathLike[str]) -> None:
         )
     before, needs_eval = Snapshot.take(llm) if llm.n_tokens else None, llm._requires_eval
     try:
+        # Numbers of what was there are multiplied by 0 where a cell is free: a NaN would stay one.
+        llm._clear()
         snapshot.put_back(llm)
     except BaseException as error:
         if before is not None:
