@@ -282,6 +282,24 @@ def test_a_removal_that_cuts_into_merged_cells_is_refused(model: Path) -> None:
         assert (read(session) == logits).all()
 
 
+def test_what_may_be_removed_moves_with_its_positions(model: Path) -> None:
+    def first_removable(*moves: tuple[str, int, int, int]) -> int:
+        with Session(model, merge=merging(FlowMM(window=8))) as session:
+            read(session)
+            session.engine.merge(30)
+            for move, start, end, by in moves:
+                getattr(llama_cpp, f"llama_memory_seq_{move}")(session.memory, 0, start, end, by)
+            start = llama_cpp.llama_memory_seq_pos_min(session.memory, 0) + 1
+            return next(at for at in range(start, 999) if session.remove(at, -1))
+
+    end = first_removable()
+    assert 100 < end < 144
+    assert first_removable(("add", -1, -1, 300)) == end + 300
+    assert first_removable(("add", 50, -1, 300), ("add", -1, -1, -20)) == end + 280
+    assert first_removable(("add", end, -1, 300)) == end
+    assert first_removable(("div", -1, -1, 2)) == (end - 1) // 2 + 1
+
+
 @pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o"])
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_saved_states_answer_the_same(model: Path, name: str, cache_type: str) -> None:

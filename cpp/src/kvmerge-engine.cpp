@@ -21,6 +21,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
@@ -42,6 +43,9 @@ static llama_kv_cache * find_cache(llama_memory_i * memory) {
     }
     if (auto * cur = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         return cur->get_base();
+    }
+    if (dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
+        return nullptr; // an index beside the keys, of cells that would no longer be the same, chooses what is attended to
     }
     if (auto * cur = dynamic_cast<llama_memory_hybrid *>(memory)) {
         return cur->get_mem_attn();
@@ -601,6 +605,19 @@ void kvmerge_engine::on_seq_keep(llama_seq_id seq_id) {
             forget(s);
         }
     }
+}
+
+void kvmerge_engine::on_seq_move(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const std::function<llama_pos(llama_pos)> & move) {
+    auto & end = sequences[seq_id].pos_merged;
+
+    if (p0 >= end) {
+        return;
+    }
+
+    // where the last merged position that moves comes to lie; those below p0 stay
+    const llama_pos moved = std::max(p0, move(std::min(p1, end) - 1) + 1);
+
+    end = p1 >= end ? moved : std::max(end, moved);
 }
 
 void kvmerge_engine::on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {

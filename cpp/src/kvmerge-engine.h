@@ -13,6 +13,7 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -88,6 +89,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: see may_remove(); nothing has changed
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
     void on_seq_keep(llama_seq_id seq_id);
+    void on_seq_move(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const std::function<llama_pos(llama_pos)> & move);
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
     void on_no_slot(const std::vector<llama_ubatch> & ubatches); // the next update makes room for them
     bool on_update(llama_context * lctx);
