@@ -90,7 +90,7 @@ def test_demo(tmp_path: Path) -> None:
     result = command("demo", "--quick", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 100
-    for word in ("FULL CACHE", "MERGED (FLOWMM)", "tokens seen", "cells held", "KV MiB", "✓"):
+    for word in ("FULL CACHE", "MERGED (AUTO)", "tokens seen", "cells held", "KV MiB", "✓"):
         assert word in result.stdout
     report = (tmp_path / "kvmerge-demo.html").read_text()
     assert "{{" not in report.replace("{{}}", "")
