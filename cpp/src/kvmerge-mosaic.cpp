@@ -10,7 +10,7 @@
 #include <numeric>
 
 // longer segments are cut, so that the products of a block stay small
-static constexpr size_t MAX_BLOCK = 256;
+static constexpr size_t MAX_BLOCK = 192;
 
 namespace {
 

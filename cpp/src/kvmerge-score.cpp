@@ -207,26 +207,28 @@ static void build_flow(
     ggml_tensor * a = build_logits(graph, engine, layer, slots, cells, head, n_heads);
     a = build_attention(graph, engine, layer, a, slots, plans, head, n_heads);
 
-    // 1 where query and cell differ in modality
-    std::vector<float> crosses(n*n_rows*n_heads);
+    // 1 where a cell is of a modality: the products are what each query gives to each modality
+    constexpr int n_modalities = kvmerge_observer::n_modalities;
+
+    std::vector<float> is_of(n*n_modalities*n_heads);
     for (int32_t h = 0; h < n_heads; ++h) {
-        for (int64_t j = 0; j < n_rows; ++j) {
-            for (int64_t i = 0; i < n; ++i) {
-                crosses[(h*n_rows + j)*n + i] = plans[head + h].cells[i].modality != engine.observer.row(slots[j]).modality;
-            }
+        for (int64_t i = 0; i < n; ++i) {
+            is_of[(h*n_modalities + plans[head + h].cells[i].modality)*n + i] = 1;
         }
     }
 
-    a = ggml_mul(ctx, a, graph.input(GGML_TYPE_F32, { n, n_rows, 1, n_heads }, crosses.data()));
-    a = ggml_reshape_2d(ctx, a, n, n_rows*a->ne[2]*n_heads);
-    a = kvmerge_build_sum_values(graph, a);                                              // [rows*n_group*n_heads]
+    const int64_t n_given = n_rows*(layer.n_head/layer.n_head_kv);
+
+    a = ggml_reshape_3d(ctx, a, n, n_given, n_heads);
+    a = ggml_mul_mat(ctx, a, graph.input(GGML_TYPE_F32, { n, n_modalities, n_heads }, is_of.data())); // [n_given, n_modalities, n_heads]
+    ggml_prec_set_acc(a, GGML_PREC_F32);
 
     // rows and tokens of each modality
-    std::vector<double> n_sampled(kvmerge_observer::n_modalities);
-    std::vector<double> weight   (kvmerge_observer::n_modalities);
+    std::vector<double> n_sampled(n_modalities);
+    std::vector<double> weight   (n_modalities);
 
     double n_seen = 0;
-    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+    for (int m = 0; m < n_modalities; ++m) {
         n_seen += engine.observer.count(seq_id, m);
     }
 
@@ -235,21 +237,25 @@ static void build_flow(
         modality[j] = engine.observer.row(slots[j]).modality;
         n_sampled[modality[j]]++;
     }
-    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+    for (int m = 0; m < n_modalities; ++m) {
         if (n_sampled[m] > 0) {
             weight[m] = engine.observer.count(seq_id, m)/n_sampled[m]/n_seen/layer.n_head;
         }
     }
 
-    graph.output(a, [&flow, modality, weight, n_rows](const std::vector<uint8_t> & bytes) {
-        const float * crossing = reinterpret_cast<const float *>(bytes.data());
+    graph.output(a, [&flow, modality, weight, n_rows, n_given](const std::vector<uint8_t> & bytes) {
+        const float * given = reinterpret_cast<const float *>(bytes.data());
 
         for (size_t i = 0; i < bytes.size()/sizeof(float); ++i) {
-            const uint8_t m    = modality[i % n_rows];
-            const double  part = crossing[i]*weight[m];
+            const uint8_t from = modality[i % n_given % n_rows];
+            const int     to   = i/n_given % n_modalities;
 
-            flow.rho += part;
-            (m == KVMERGE_TEXT ? flow.text_to_media : flow.media_to_text) += part;
+            if (from != to) {
+                const double part = given[i]*weight[from];
+
+                flow.rho += part;
+                (from == KVMERGE_TEXT ? flow.text_to_media : flow.media_to_text) += part;
+            }
         }
     });
 }
