@@ -1,16 +1,18 @@
 #include "kvmerge-mosaic.h"
 
 #include "kvmerge-keys.h"
+#include "kvmerge-parallel.h"
 #include "kvmerge-select.h"
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <map>
 #include <numeric>
 
-// longer segments are cut, so that the products of a block stay small
-static constexpr size_t MAX_BLOCK = 192;
+// longer segments are cut: the distances of a block are as many as its groups times its tokens
+static constexpr size_t MAX_BLOCK = 256;
 
 namespace {
 
@@ -19,6 +21,12 @@ struct mosaic_block {
     std::vector<int32_t> member; // indices into the plan
     int32_t              n_groups = 0;
     int32_t              n_floor  = 0;
+};
+
+struct mosaic_job {
+    kvmerge_plan *     plan;
+    mosaic_block       block;
+    std::vector<float> keys; // [d][n]
 };
 
 } // namespace
@@ -106,28 +114,37 @@ static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks,
 }
 
 // farthest-point seeds, starting from the highest score; then every member goes to its nearest seed
-//   product  [n][n] inner products of the members' keys
-static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const float * product) {
-    const int32_t n = block.member.size();
+//   keys  [d][n] of the n members, one channel after the other
+static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const std::vector<float> & keys) {
+    const size_t n = block.member.size();
 
-    const auto distance = [&](int32_t a, int32_t b) { return product[a*n + a] + product[b*n + b] - 2*product[a*n + b]; };
+    std::vector<float>  nearest(n, std::numeric_limits<float>::infinity());
+    std::vector<float>  distance(n);
+    std::vector<size_t> seed_of(n);
 
-    std::vector<float>   nearest(n, std::numeric_limits<float>::infinity());
-    std::vector<int32_t> seed_of(n, -1);
-
-    int32_t seed = 0;
-    for (int32_t i = 1; i < n; ++i) {
+    size_t seed = 0;
+    for (size_t i = 1; i < n; ++i) {
         if (plan.score[block.member[i]] > plan.score[block.member[seed]]) {
             seed = i;
         }
     }
 
     for (int32_t g = 0; g < block.n_groups; ++g) {
-        for (int32_t i = 0; i < n; ++i) {
-            const float d = i == seed ? -1.0f : distance(i, seed);
+        std::fill(distance.begin(), distance.end(), 0.0f);
 
-            if (d < nearest[i]) {
-                nearest[i] = d;
+        for (size_t c = 0; c < keys.size(); c += n) {
+            const float k = keys[c + seed];
+
+            for (size_t i = 0; i < n; ++i) {
+                const float d = keys[c + i] - k;
+                distance[i] += d*d;
+            }
+        }
+        distance[seed] = -1.0f;
+
+        for (size_t i = 0; i < n; ++i) {
+            if (distance[i] < nearest[i]) {
+                nearest[i] = distance[i];
                 seed_of[i] = seed;
             }
         }
@@ -137,7 +154,7 @@ static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const f
         seed = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
     }
 
-    for (int32_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < n; ++i) {
         plan.target[block.member[i]] = block.member[seed_of[i]];
 
         if (seed_of[i] != i) {
@@ -178,6 +195,8 @@ bool kvmerge_mosaic_layer(
         std::vector<kvmerge_plan>   & plans,
               int32_t                 n_cells) {
     const auto & params = engine.params;
+
+    std::deque<mosaic_job> jobs;
 
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
         auto & plan = plans[h];
@@ -234,15 +253,15 @@ bool kvmerge_mosaic_layer(
 
                 ggml_tensor * k = kvmerge_build_keys(graph, layer, h, cells, block.member);
 
-                ggml_tensor * product = ggml_mul_mat(graph.ctx(), k, k);                 // [n, n]
-                ggml_prec_set_acc(product, GGML_PREC_F32);
+                jobs.push_back({ &plan, std::move(block), {} });
 
-                graph.output(product, [&plan, block](const std::vector<uint8_t> & bytes) {
-                    make_groups(plan, block, reinterpret_cast<const float *>(bytes.data()));
+                graph.output(ggml_cont(graph.ctx(), ggml_transpose(graph.ctx(), k)), [&job = jobs.back()](const std::vector<uint8_t> & bytes) {
+                    const float * keys = reinterpret_cast<const float *>(bytes.data());
+                    job.keys.assign(keys, keys + bytes.size()/sizeof(float));
                 });
             }
         }
     }
 
-    return true;
+    return graph.run() && kvmerge_parallel(graph, jobs.size(), [&](int i) { make_groups(*jobs[i].plan, jobs[i].block, jobs[i].keys); });
 }
