@@ -1,6 +1,6 @@
 """Every figure of the quality section and of docs/quality.md, one run after the other.
 
-All of it takes some hours on two cores; a run that was interrupted goes on where it stopped.
+All of it takes about five hours on two cores; a run that was interrupted goes on where it stopped.
 
     python benchmarks/quality.py --jobs 2 --update docs/quality.md --update README.md
 """
