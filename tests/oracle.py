@@ -245,7 +245,7 @@ def mosaic(
             target[i] = i
         members = [[i for i in b if target[i] < 0] for _, b in sorted(blocks[text].items())]
         floors = [0 if text else p["floor"]] * len(members)
-        if not members:
+        if not any(members):
             continue
         for block, count in zip(members, share([len(m) for m in members], floors, groups),
                                 strict=True):  # fmt: skip

@@ -415,6 +415,19 @@ def test_flash_attention_uses_the_same_bias(model: Path, batch: int) -> None:
     assert np.abs(results[2] - results[1]).max() > 10 * difference
 
 
+@pytest.mark.parametrize(("policy", "traced", "measured"), [
+    (FlowMM(), False, True), (Mosaic(), False, False), (Mosaic(), True, True),
+])  # fmt: skip
+def test_flow_is_measured_where_it_is_used_or_shown(
+    model: Path, policy: Policy, traced: bool, measured: bool
+) -> None:
+    with Session(model, merge=merging(policy)) as session:
+        session.engine.keep_plans(traced)
+        read(session)
+        session.engine.merge(60)
+        assert (session.engine.flow().rho >= 0).all() == measured
+
+
 def test_no_picture_vanishes_from_a_mosaic(model: Path) -> None:
     with Session(model, merge=merging(Mosaic(floor=2)), n_ctx=2048) as session:
         rng = np.random.default_rng(4)

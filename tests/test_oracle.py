@@ -23,6 +23,7 @@ N_IMAGE = 49
 SHAPES = {
     "gqa": Shape(layers=3, heads=4, heads_kv=2, head_size=64),
     "mha": Shape(layers=2, heads=3, heads_kv=3, head_size=64),
+    "deep": Shape(layers=5, heads=4, heads_kv=2, head_size=64),
 }
 # tolerance of K and V: one rounding to the type of the cache
 ROUNDING = {"f32": 1e-5, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 0.3}
@@ -97,6 +98,12 @@ def test_flowmm(
 @pytest.mark.parametrize("name", POLICIES)
 def test_preset(models: dict[str, Path], name: str, flash_attention: bool) -> None:
     check(models["gqa"], POLICIES[name], "f16" if flash_attention else "f32", flash_attention)
+
+
+@pytest.mark.parametrize("name", ["mosaic", "pyramid", "madakv", "meda"])
+def test_sizes_of_more_layers(models: dict[str, Path], name: str) -> None:
+    """With fewer than four layers none of them is an early one."""
+    check(models["deep"], POLICIES[name], "f16", True)
 
 
 @pytest.mark.parametrize("name", ["mosaic", "look-m", "kvmerger"])

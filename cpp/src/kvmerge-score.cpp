@@ -298,14 +298,14 @@ bool kvmerge_score_layer(
         }
     }
 
-    int n_present = 0;
-    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
-        n_present += engine.observer.count(seq_id, m) > 0;
-    }
-
     if (!engine.measures_flow()) {
         flow.rho = -1;
         return true;
+    }
+
+    int n_present = 0;
+    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+        n_present += engine.observer.count(seq_id, m) > 0;
     }
 
     // with one modality nothing can cross

@@ -4,7 +4,8 @@
 
 #include "kvmerge-engine.h"
 
-// Fills plans[head].score of one layer, and its flow if the policy asks for it or plans are kept (else rho is -1). `cells` are those of the sequence, in order; plans[head].cells is set.
+// Fills plans[head].score of one layer, and its flow if the policy asks for it or plans are kept (else rho is -1). `cells`
+// are those of the sequence, in order; plans[head].cells is set.
 // The graph is only built here (it may run in between when it gets large): results arrive when it runs.
 // false: the backend failed.
 bool kvmerge_score_layer(

@@ -18,7 +18,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 2;
+static constexpr uint32_t STATE_VERSION = 3;
 
 // of tokens, positions and segments: beyond any context, and they can still be counted on
 static constexpr int32_t MAX_COUNT = 1 << 30;
