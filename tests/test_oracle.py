@@ -100,6 +100,15 @@ def test_preset(models: dict[str, Path], name: str, flash_attention: bool) -> No
     check(models["gqa"], POLICIES[name], "f16" if flash_attention else "f32", flash_attention)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_preset_in_plain_graphs(
+    models: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without operations that only the CPU has: what is computed on other backends."""
+    monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+    check(models["gqa"], POLICIES[name], "f16", True)
+
+
 @pytest.mark.parametrize("name", ["mosaic", "pyramid", "madakv", "meda"])
 def test_sizes_of_more_layers(models: dict[str, Path], name: str) -> None:
     """With fewer than four layers none of them is an early one."""

@@ -895,6 +895,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     kvmerge_graph graph(lctx);
 
+    std::vector<std::vector<float>> logits(n_head_kv_max()); // of the layer before: the next one writes over them
+
     size_t  n_after   = 0; // cells of the layer that keeps most
     int32_t n_guarded = 0;
 
@@ -903,6 +905,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         plans_new[l].resize(layers[l].n_head_kv);
 
         for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            plans_new[l][h].logits = std::move(logits[h]);
             plans_new[l][h].cells.reserve(cells.size());
 
             for (uint32_t idx : cells) {
@@ -918,7 +921,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
                     plan.score.push_back(cur.order);
                 }
             }
-        } else if (!kvmerge_score_layer(graph, *this, layers[l], seq_id, sequences[seq_id].n_seen, cells, plans_new[l], flows_new[l]) || !graph.run()) {
+        } else if (!kvmerge_score_layer(graph, *this, layers[l], seq_id, sequences[seq_id].n_seen, cells, plans_new[l], flows_new[l])) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to score layer %d", layers[l].il);
         }
 
@@ -982,10 +985,13 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             n_after = std::max(n_after, plan.kept.size());
 
             // what the fold has no use for
-            for (auto * values : { &plan.logits, &plan.similarity, &plan.value_norm }) {
+            for (auto * values : { &plan.similarity, &plan.value_norm }) {
                 values->clear();
                 values->shrink_to_fit();
             }
+        }
+        for (size_t h = 0; h < layer_plans.size(); ++h) {
+            logits[h] = std::move(layer_plans[h].logits);
         }
 
         return KVMERGE_OK;
@@ -1030,6 +1036,9 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     }
 
     const int64_t t_match = ggml_time_us();
+
+    logits.clear();
+    logits.shrink_to_fit();
 
     // fold: from here on the cache changes
     for (size_t l = 0; l < layers.size(); ++l) {

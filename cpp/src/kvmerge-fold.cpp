@@ -1,9 +1,8 @@
 #include "kvmerge-fold.h"
 
+#include "kvmerge-fuse.h"
 #include "kvmerge-groups.h"
 #include "kvmerge-sums.h"
-
-#include "ggml-backend.h"
 
 #include <algorithm>
 
@@ -48,7 +47,7 @@ static void build_fold(
         }
     }
 
-    const auto sums = kvmerge_build_sum_groups(graph, flat, rows, ggml_backend_buffer_is_host(cache->buffer));
+    const auto sums = kvmerge_build_sum_groups(graph, flat, rows, kvmerge_can_fuse(cache));
 
     // all sums before the first store
     for (const auto & cur : sums) {

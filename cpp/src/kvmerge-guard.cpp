@@ -24,7 +24,7 @@ static void soft_max(std::vector<double> & x) {
 
 // For one held-out query, the weights of all n values in (merged - full) and in (evicted - full): their norms, taken
 // through the values, are the errors of the output.
-static void add_differences(const kvmerge_plan & plan, bool move_keys, const float * logits, std::vector<float> & merged, std::vector<float> & evicted) {
+static void add_differences(const kvmerge_plan & plan, bool move_keys, const std::vector<float> & logits, std::vector<float> & merged, std::vector<float> & evicted) {
     const size_t n = plan.cells.size();
 
     std::vector<double> full(n);
@@ -83,8 +83,12 @@ bool kvmerge_guard_layer(
 
         std::vector<float> weights; // [n_rows][n]
         std::vector<float> evicted;
-        for (int64_t q = 1; q < plan.n_proxies; q += 2) {
-            add_differences(plan, engine.params.move_keys, plan.logits.data() + q*n, weights, evicted);
+        std::vector<float> logits(n);
+        for (int32_t q = 1; q < plan.n_proxies; q += 2) {
+            for (int64_t i = 0; i < n; ++i) {
+                logits[i] = plan.logit(q, i);
+            }
+            add_differences(plan, engine.params.move_keys, logits, weights, evicted);
         }
         weights.insert(weights.end(), evicted.begin(), evicted.end());
 

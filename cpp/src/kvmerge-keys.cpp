@@ -4,6 +4,18 @@
 
 #include <cmath>
 
+int32_t kvmerge_key_row(const kvmerge_layer & layer, uint32_t cell, int32_t head) {
+    return (int32_t) cell*layer.n_head_kv + head;
+}
+
+ggml_tensor * kvmerge_build_key_rows(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<int32_t> & rows) {
+    ggml_context * ctx = graph.ctx();
+
+    ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
+
+    return ggml_get_rows(ctx, k, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
+}
+
 ggml_tensor * kvmerge_build_keys(
               kvmerge_graph         & graph,
         const kvmerge_layer         & layer,
@@ -13,14 +25,27 @@ ggml_tensor * kvmerge_build_keys(
     std::vector<int32_t> rows;
     rows.reserve(index.size());
     for (int32_t i : index) {
-        rows.push_back((int32_t) cells[i]*layer.n_head_kv + head);
+        rows.push_back(kvmerge_key_row(layer, cells[i], head));
     }
 
-    ggml_context * ctx = graph.ctx();
+    return kvmerge_build_key_rows(graph, layer, rows);
+}
 
-    ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
+ggml_tensor * kvmerge_build_keys(
+              kvmerge_graph         & graph,
+        const kvmerge_layer         & layer,
+              int32_t                 head,
+              int32_t                 n_heads,
+        const std::vector<uint32_t> & cells) {
+    std::vector<int32_t> rows;
+    rows.reserve(cells.size()*n_heads);
+    for (int32_t h = head; h < head + n_heads; ++h) {
+        for (uint32_t idx : cells) {
+            rows.push_back(kvmerge_key_row(layer, idx, h));
+        }
+    }
 
-    return ggml_get_rows(ctx, k, graph.input(GGML_TYPE_I32, { (int64_t) rows.size() }, rows.data()));
+    return kvmerge_build_key_rows(graph, layer, rows);
 }
 
 void kvmerge_build_similarity(

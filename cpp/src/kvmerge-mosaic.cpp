@@ -3,16 +3,22 @@
 #include "kvmerge-keys.h"
 #include "kvmerge-parallel.h"
 #include "kvmerge-select.h"
+#include "kvmerge-vectors.h"
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <limits>
 #include <map>
 #include <numeric>
 
 // longer segments are cut: the distances of a block are as many as its groups times its tokens
 static constexpr size_t MAX_BLOCK = 256;
+
+// tokens whose distances are taken at once
+static constexpr int32_t N_COLUMNS = 32;
+
+// scratch for the keys of one piece of the graph
+static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;
 
 namespace {
 
@@ -24,9 +30,9 @@ struct mosaic_block {
 };
 
 struct mosaic_job {
-    kvmerge_plan *     plan;
-    mosaic_block       block;
-    std::vector<float> keys; // [d][n]
+    kvmerge_plan * plan;
+    mosaic_block   block;
+    int64_t        first; // row of its first member among the keys of all jobs
 };
 
 } // namespace
@@ -113,36 +119,60 @@ static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks,
     }
 }
 
+// squared distances of n columns from a key
+template <typename vec_f, typename /*vec_i*/>
+KVMERGE_INLINE void columns_from(const float * columns, const float * key, int64_t n, int64_t d, float * distance) {
+    constexpr int N_VECS = N_COLUMNS*sizeof(float)/sizeof(vec_f);
+
+    for (int64_t i = 0; i < n; i += N_COLUMNS) {
+        vec_f sum[N_VECS] = {};
+
+        for (int64_t e = 0; e < d; ++e) {
+            vec_f x[N_VECS];
+            memcpy(x, columns + i*d + e*N_COLUMNS, sizeof(x));
+
+            for (int c = 0; c < N_VECS; ++c) {
+                x[c]   -= key[e];
+                sum[c] += x[c]*x[c];
+            }
+        }
+
+        memcpy(distance + i, sum, sizeof(sum));
+    }
+}
+
+KVMERGE_FOR_EACH_WIDTH(distances, columns_from,
+        (const float * columns, const float * key, int64_t n, int64_t d, float * distance), (columns, key, n, d, distance))
+
 // farthest-point seeds, starting from the highest score; then every member goes to its nearest seed
-//   keys  [d][n] of the n members, one channel after the other
-static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const std::vector<float> & keys) {
-    const size_t n = block.member.size();
+//   keys  [n][d] of the n members
+static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const float * keys, int64_t d) {
+    const int32_t n        = block.member.size();
+    const int32_t n_padded = (n + N_COLUMNS - 1)/N_COLUMNS*N_COLUMNS;
 
-    std::vector<float>  nearest(n, std::numeric_limits<float>::infinity());
-    std::vector<float>  distance(n);
-    std::vector<size_t> seed_of(n);
+    kvmerge_aligned_floats columns(n_padded*d); // [n_padded/N_COLUMNS][d][N_COLUMNS]
+    for (int32_t i = 0; i < n; ++i) {
+        for (int64_t e = 0; e < d; ++e) {
+            columns.data()[(i/N_COLUMNS*d + e)*N_COLUMNS + i % N_COLUMNS] = keys[i*d + e];
+        }
+    }
 
-    size_t seed = 0;
-    for (size_t i = 1; i < n; ++i) {
+    std::vector<float>   nearest (n, std::numeric_limits<float>::infinity());
+    std::vector<float>   distance(n_padded);
+    std::vector<int32_t> seed_of (n);
+
+    int32_t seed = 0;
+    for (int32_t i = 1; i < n; ++i) {
         if (plan.score[block.member[i]] > plan.score[block.member[seed]]) {
             seed = i;
         }
     }
 
     for (int32_t g = 0; g < block.n_groups; ++g) {
-        std::fill(distance.begin(), distance.end(), 0.0f);
-
-        for (size_t c = 0; c < keys.size(); c += n) {
-            const float k = keys[c + seed];
-
-            for (size_t i = 0; i < n; ++i) {
-                const float d = keys[c + i] - k;
-                distance[i] += d*d;
-            }
-        }
+        distances(columns.data(), keys + seed*d, n, d, distance.data());
         distance[seed] = -1.0f;
 
-        for (size_t i = 0; i < n; ++i) {
+        for (int32_t i = 0; i < n; ++i) {
             if (distance[i] < nearest[i]) {
                 nearest[i] = distance[i];
                 seed_of[i] = seed;
@@ -154,7 +184,7 @@ static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const s
         seed = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
     }
 
-    for (size_t i = 0; i < n; ++i) {
+    for (int32_t i = 0; i < n; ++i) {
         plan.target[block.member[i]] = block.member[seed_of[i]];
 
         if (seed_of[i] != i) {
@@ -196,7 +226,26 @@ bool kvmerge_mosaic_layer(
               int32_t                 n_cells) {
     const auto & params = engine.params;
 
-    std::deque<mosaic_job> jobs;
+    std::vector<mosaic_job> jobs;
+    std::vector<int32_t>    rows; // of the cache, for the members of all jobs
+
+    // groups for what was collected
+    const auto group = [&]() {
+        if (jobs.empty()) {
+            return true;
+        }
+
+        const int64_t d = layer.n_embd_head_k;
+
+        const bool ok = kvmerge_parallel(graph, kvmerge_build_key_rows(graph, layer, rows), jobs.size(), [&](int i, const float * keys) {
+            make_groups(*jobs[i].plan, jobs[i].block, keys + jobs[i].first*d, d);
+        });
+
+        jobs.clear();
+        rows.clear();
+
+        return ok;
+    };
 
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
         auto & plan = plans[h];
@@ -247,21 +296,18 @@ bool kvmerge_mosaic_layer(
                 if (block.n_groups == 0 || block.member.empty()) {
                     continue;
                 }
-                if (graph.is_full() && !graph.run()) {
+                if ((int64_t) (rows.size() + block.member.size())*layer.n_embd_head_k > MAX_ELEMENTS && !group()) {
                     return false;
                 }
 
-                ggml_tensor * k = kvmerge_build_keys(graph, layer, h, cells, block.member);
-
-                jobs.push_back({ &plan, std::move(block), {} });
-
-                graph.output(ggml_cont(graph.ctx(), ggml_transpose(graph.ctx(), k)), [&job = jobs.back()](const std::vector<uint8_t> & bytes) {
-                    const float * keys = reinterpret_cast<const float *>(bytes.data());
-                    job.keys.assign(keys, keys + bytes.size()/sizeof(float));
-                });
+                const int64_t first = rows.size();
+                for (int32_t m : block.member) {
+                    rows.push_back(kvmerge_key_row(layer, cells[m], h));
+                }
+                jobs.push_back({ &plan, std::move(block), first });
             }
         }
     }
 
-    return graph.run() && kvmerge_parallel(graph, jobs.size(), [&](int i) { make_groups(*jobs[i].plan, jobs[i].block, jobs[i].keys); });
+    return group();
 }

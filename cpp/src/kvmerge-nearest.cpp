@@ -1,35 +1,21 @@
 #include "kvmerge-nearest.h"
 
-#include "ggml-backend.h"
+#include "kvmerge-fuse.h"
+#include "kvmerge-vectors.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
-
-// The vectors of GCC and Clang: libllama is compiled for any machine of an architecture, and what this one can do better
-// is chosen when it runs.
-#if defined(__GNUC__)
-#    define KVMERGE_VECTORS
-#    if defined(__x86_64__)
-#        define KVMERGE_VECTORS_X86
-#    endif
-#endif
 
 #if defined(KVMERGE_VECTORS)
-
-typedef float   vec_f4  __attribute__((vector_size(16)));
-typedef int32_t vec_i4  __attribute__((vector_size(16)));
-typedef float   vec_f8  __attribute__((vector_size(32)));
-typedef int32_t vec_i8  __attribute__((vector_size(32)));
-typedef float   vec_f16 __attribute__((vector_size(64)));
-typedef int32_t vec_i16 __attribute__((vector_size(64)));
 
 // The pivots are transposed into tiles of N_VECS vectors, value by value, so that every lane of a vector belongs to
 // another pivot: its products add up in place, and so does its maximum. N_ROWS keys share the loads of a tile; their
 // products with it are what fills the registers.
-template <typename vec_f, typename vec_i, int N_ROWS, int N_VECS>
-__attribute__((always_inline))
-static inline void nearest(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
+template <typename vec_f, typename vec_i>
+KVMERGE_INLINE void find_nearest(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
+    constexpr int N_ROWS = sizeof(vec_f) == 64 ? 8 : 6;
+    constexpr int N_VECS = sizeof(vec_f) == 64 ? 3 : 2;
+
     constexpr int64_t N_LANES = sizeof(vec_f)/sizeof(float);
     constexpr int64_t N_TILE  = N_LANES*N_VECS;
 
@@ -41,8 +27,8 @@ static inline void nearest(const ggml_tensor * pivots, const ggml_tensor * keys,
     const float * k = static_cast<const float *>(keys->data);
 
     // the last tile is filled up with the last pivot
-    std::vector<float> tiles(n_tiles*N_TILE*d + N_LANES);
-    float * tile = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(tiles.data()) + sizeof(vec_f) - 1)/sizeof(vec_f)*sizeof(vec_f));
+    kvmerge_aligned_floats tiles(n_tiles*N_TILE*d);
+    float * tile = tiles.data();
 
     for (int64_t j = 0; j < n_tiles*N_TILE; ++j) {
         const float * src = p + std::min(j, n_pivots - 1)*d;
@@ -104,35 +90,12 @@ static inline void nearest(const ggml_tensor * pivots, const ggml_tensor * keys,
     }
 }
 
-static void nearest_plain(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f4, vec_i4, 6, 2>(pivots, keys, dst, first, last);
-}
-
-#if defined(KVMERGE_VECTORS_X86)
-__attribute__((target("avx2,fma")))
-static void nearest_avx2(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f8, vec_i8, 6, 2>(pivots, keys, dst, first, last);
-}
-
-__attribute__((target("avx512f")))
-static void nearest_avx512(const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last) {
-    nearest<vec_f16, vec_i16, 8, 3>(pivots, keys, dst, first, last);
-}
-#endif
+KVMERGE_FOR_EACH_WIDTH(nearest, find_nearest,
+        (const ggml_tensor * pivots, const ggml_tensor * keys, int32_t * dst, int64_t first, int64_t last), (pivots, keys, dst, first, last))
 
 static void compute_nearest(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
     const ggml_tensor * pivots = dst->src[0];
     const ggml_tensor * keys   = dst->src[1];
-
-    auto * nearest = nearest_plain;
-
-#if defined(KVMERGE_VECTORS_X86)
-    if (__builtin_cpu_supports("avx512f")) {
-        nearest = nearest_avx512;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        nearest = nearest_avx2;
-    }
-#endif
 
     const int64_t n = keys->ne[1];
 
@@ -143,7 +106,7 @@ static void compute_nearest(ggml_tensor * dst, int ith, int nth, void * /*userda
 
 bool kvmerge_can_fuse_nearest(const ggml_tensor * cache) {
 #if defined(KVMERGE_VECTORS)
-    return ggml_backend_buffer_is_host(cache->buffer);
+    return kvmerge_can_fuse(cache);
 #else
     GGML_UNUSED(cache);
 

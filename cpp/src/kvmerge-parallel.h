@@ -7,3 +7,6 @@
 // f(0), ..., f(n - 1) on the threads that compute the context's graphs: those wait for work by spinning, and others would
 // find no free core. The graph has to be empty. What f throws is thrown here. false: the backend failed.
 bool kvmerge_parallel(kvmerge_graph & graph, int n, const std::function<void(int)> & f);
+
+// The same with the values of x, F32, which may be the only thing that the graph computes.
+bool kvmerge_parallel(kvmerge_graph & graph, ggml_tensor * x, int n, const std::function<void(int, const float *)> & f);

@@ -31,14 +31,28 @@ inline bool kvmerge_is_empty(const kvmerge_cell & cell) {
     return cell.mass == 0 && cell.bias == -INFINITY;
 }
 
+// queries whose logits lie side by side
+static constexpr int32_t KVMERGE_TILE = 16;
+
 struct kvmerge_plan {
     std::vector<kvmerge_cell> cells;  // [n] what was there, in the order of the cells
 
     // score
     std::vector<float> score;         // [n] importance
     std::vector<float> value_norm;    // [n] norms of the values, empty unless asked for
-    std::vector<float> logits;        // [n_queries][n] attention logits of the proxies, then of sampled text; empty unless asked for
-    int32_t            n_proxies = 0; // rows of `logits` that are of proxies
+    std::vector<float> logits;        // attention logits of n_queries: of the proxies, then of sampled text; see logit()
+    int32_t            n_proxies = 0;
+    int32_t            n_queries = 0;
+
+    // logits lie as [n_queries/KVMERGE_TILE, rounded up][n][KVMERGE_TILE]
+    float * tile (int32_t t)                  { return logits.data() + (int64_t) t*cells.size()*KVMERGE_TILE; }
+    float & logit(int32_t q, int64_t i)       { return tile(q/KVMERGE_TILE)[i*KVMERGE_TILE + q % KVMERGE_TILE]; }
+
+    // room for the logits of n more queries
+    void add_queries(int32_t n) {
+        n_queries += n;
+        logits.resize((int64_t) (n_queries + KVMERGE_TILE - 1)/KVMERGE_TILE*cells.size()*KVMERGE_TILE);
+    }
 
     // select
     std::vector<uint8_t> fate;        // [n] enum kvmerge_fate

@@ -1,5 +1,7 @@
 #include "kvmerge-score.h"
 
+#include "kvmerge-attend.h"
+#include "kvmerge-keys.h"
 #include "kvmerge-sums.h"
 #include "kvmerge-values.h"
 
@@ -9,6 +11,8 @@
 
 // scratch for the attention weights of one piece of the graph
 static constexpr int64_t MAX_ELEMENTS = 8*1024*1024;
+
+static constexpr int n_modalities = kvmerge_observer::n_modalities;
 
 // K of the given cells: [n_embd_head_k, n, n_head_kv]
 static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<uint32_t> & cells, int32_t head, int32_t n_heads) {
@@ -21,17 +25,7 @@ static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & lay
         return ggml_view_3d(ctx, layer.k, layer.n_embd_head_k, n, n_heads, layer.k->nb[1], row, cells.front()*layer.k->nb[1] + head*row);
     }
 
-    // scattered: gather them, head by head
-    ggml_tensor * flat = ggml_reshape_2d(ctx, layer.k, layer.n_embd_head_k, layer.k->ne[1]*layer.n_head_kv);
-
-    std::vector<int32_t> idx(n*n_heads);
-    for (int32_t h = 0; h < n_heads; ++h) {
-        for (int64_t i = 0; i < n; ++i) {
-            idx[h*n + i] = (int32_t) cells[i]*layer.n_head_kv + head + h;
-        }
-    }
-
-    ggml_tensor * k = ggml_get_rows(ctx, flat, graph.input(GGML_TYPE_I32, { n*n_heads }, idx.data()));
+    ggml_tensor * k = kvmerge_build_keys(graph, layer, head, n_heads, cells);
 
     return ggml_reshape_3d(ctx, k, layer.n_embd_head_k, n, n_heads);
 }
@@ -107,18 +101,24 @@ static ggml_tensor * build_attention(
     return ggml_reshape_4d(ctx, kq, n, n_rows, n_group, n_heads);
 }
 
-// logits of queries in `slots`, appended to what the plans have
-static void output_logits(
-        kvmerge_graph & graph, ggml_tensor * kq, std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads, bool proxies) {
-    const size_t n_logits = ggml_nelements(kq)/n_heads;
+// logits of n_group*n_rows queries for each KV head, put after those that the plans have
+static void output_logits(kvmerge_graph & graph, ggml_tensor * kq, std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
+    const int64_t n         = kq->ne[0];
+    const int64_t n_queries = kq->ne[1]*kq->ne[2]/n_heads;
 
-    graph.output(kq, [&plans, n_logits, head, n_heads, proxies](const std::vector<uint8_t> & bytes) {
+    graph.output(kq, [&plans, n, n_queries, head, n_heads](const std::vector<uint8_t> & bytes) {
         const float * logits = reinterpret_cast<const float *>(bytes.data());
-        for (int32_t h = 0; h < n_heads; ++h) {
-            auto & plan = plans[head + h];
-            plan.logits.insert(plan.logits.end(), logits + h*n_logits, logits + (h + 1)*n_logits);
-            if (proxies) {
-                plan.n_proxies = plan.logits.size()/plan.cells.size();
+
+        for (int32_t h = head; h < head + n_heads; ++h) {
+            auto & plan = plans[h];
+
+            const int32_t first = plan.n_queries;
+            plan.add_queries(n_queries);
+
+            for (int32_t q = first; q < plan.n_queries; ++q) {
+                for (int64_t i = 0; i < n; ++i) {
+                    plan.logit(q, i) = *logits++;
+                }
             }
         }
     });
@@ -142,6 +142,10 @@ static std::vector<int32_t> spread_text(const kvmerge_observer & observer, const
     return res;
 }
 
+static bool needs_logits(const kvmerge_params & params) {
+    return params.bias == KVMERGE_BIAS_FIT || params.guard;
+}
+
 // I(i): what the proxy queries give to cell i, summed over queries and the group's heads (FlowMM eq. 8)
 static void build_importance(
         kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
@@ -153,13 +157,14 @@ static void build_importance(
 
     ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
-    if (engine.params.bias == KVMERGE_BIAS_FIT || engine.params.guard) {
-        output_logits(graph, kq, plans, head, n_heads, true);
+    if (needs_logits(engine.params)) {
+        for (int32_t h = head; h < head + n_heads; ++h) {
+            plans[h].n_proxies = slots.size()*(layer.n_head/layer.n_head_kv);
+        }
+        output_logits(graph, kq, plans, head, n_heads);
 
-        // What is asked later is text: what text before looked for says more than the last question alone. These queries
-        // are taken as if they were asked now, so they see all cells.
         if (!text.empty()) {
-            output_logits(graph, build_logits(graph, engine, layer, text, cells, head, n_heads), plans, head, n_heads, false);
+            output_logits(graph, build_logits(graph, engine, layer, text, cells, head, n_heads), plans, head, n_heads);
         }
     }
 
@@ -193,12 +198,10 @@ static void build_value_norm(
     });
 }
 
-// share of attention that crosses modalities (FlowMM eq. 6-7), from sampled queries, each weighted with the number of
-// tokens of its modality that it stands for
-static void build_flow(
-        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer, llama_seq_id seq_id,
-        const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells,
-        const std::vector<kvmerge_plan> & plans, kvmerge_flow & flow, int32_t head, int32_t n_heads) {
+// what each query in `slots` gives to each modality, summed over its heads
+static void build_modalities(
+        kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer, const std::vector<int32_t> & slots,
+        const std::vector<uint32_t> & cells, const std::vector<kvmerge_plan> & plans, std::vector<double> & given, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
 
     const int64_t n      = cells.size();
@@ -208,8 +211,6 @@ static void build_flow(
     a = build_attention(graph, engine, layer, a, slots, plans, head, n_heads);
 
     // 1 where a cell is of a modality: the products are what each query gives to each modality
-    constexpr int n_modalities = kvmerge_observer::n_modalities;
-
     std::vector<float> is_of(n*n_modalities*n_heads);
     for (int32_t h = 0; h < n_heads; ++h) {
         for (int64_t i = 0; i < n; ++i) {
@@ -223,41 +224,47 @@ static void build_flow(
     a = ggml_mul_mat(ctx, a, graph.input(GGML_TYPE_F32, { n, n_modalities, n_heads }, is_of.data())); // [n_given, n_modalities, n_heads]
     ggml_prec_set_acc(a, GGML_PREC_F32);
 
-    // rows and tokens of each modality
-    std::vector<double> n_sampled(n_modalities);
-    std::vector<double> weight   (n_modalities);
+    graph.output(a, [&given, n_rows, n_given](const std::vector<uint8_t> & bytes) {
+        const float * parts = reinterpret_cast<const float *>(bytes.data());
+
+        for (size_t i = 0; i < bytes.size()/sizeof(float); ++i) {
+            given[i % n_given % n_rows*n_modalities + i/n_given % n_modalities] += parts[i];
+        }
+    });
+}
+
+// share of attention that crosses modalities (FlowMM eq. 6-7), from sampled queries, each weighted with the number of
+// tokens of its modality that it stands for
+static kvmerge_flow make_flow(
+        const kvmerge_observer & observer, llama_seq_id seq_id, int32_t n_head, const std::vector<int32_t> & slots,
+        const std::vector<double> & given) {
+    double n_sampled[n_modalities] = {};
+    for (int32_t slot : slots) {
+        n_sampled[observer.row(slot).modality]++;
+    }
 
     double n_seen = 0;
     for (int m = 0; m < n_modalities; ++m) {
-        n_seen += engine.observer.count(seq_id, m);
+        n_seen += observer.count(seq_id, m);
     }
 
-    std::vector<uint8_t> modality(n_rows);
-    for (int64_t j = 0; j < n_rows; ++j) {
-        modality[j] = engine.observer.row(slots[j]).modality;
-        n_sampled[modality[j]]++;
-    }
-    for (int m = 0; m < n_modalities; ++m) {
-        if (n_sampled[m] > 0) {
-            weight[m] = engine.observer.count(seq_id, m)/n_sampled[m]/n_seen/layer.n_head;
-        }
-    }
+    kvmerge_flow flow;
 
-    graph.output(a, [&flow, modality, weight, n_rows, n_given](const std::vector<uint8_t> & bytes) {
-        const float * given = reinterpret_cast<const float *>(bytes.data());
+    for (size_t j = 0; j < slots.size(); ++j) {
+        const int    from   = observer.row(slots[j]).modality;
+        const double weight = observer.count(seq_id, from)/n_sampled[from]/n_seen/n_head;
 
-        for (size_t i = 0; i < bytes.size()/sizeof(float); ++i) {
-            const uint8_t from = modality[i % n_given % n_rows];
-            const int     to   = i/n_given % n_modalities;
-
+        for (int to = 0; to < n_modalities; ++to) {
             if (from != to) {
-                const double part = given[i]*weight[from];
+                const double part = given[j*n_modalities + to]*weight;
 
                 flow.rho += part;
                 (from == KVMERGE_TEXT ? flow.text_to_media : flow.media_to_text) += part;
             }
         }
-    });
+    }
+
+    return flow;
 }
 
 bool kvmerge_score_layer(
@@ -272,51 +279,61 @@ bool kvmerge_score_layer(
     const auto window  = engine.observer.window (seq_id, n_seen);
     const auto samples = engine.observer.samples(seq_id, n_seen);
 
-    // as many KV heads at a time as the scratch allows
-    const auto heads_at_once = [&](size_t n_rows) {
-        const int64_t per_head = (int64_t) cells.size()*n_rows*(layer.n_head/layer.n_head_kv);
-
-        return (int32_t) std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/per_head));
-    };
-
-    const auto text = spread_text(engine.observer, samples, window.size());
-
-    int32_t step = heads_at_once(window.size());
-    for (int32_t h = 0; h < layer.n_head_kv; h += step) {
-        if (graph.is_full() && !graph.run()) {
-            return false;
-        }
-        build_importance(graph, engine, layer, window, text, cells, plans, h, std::min(step, layer.n_head_kv - h));
-    }
-
-    if (engine.params.value_norm) {
-        for (int32_t h = 0; h < layer.n_head_kv; ++h) {
-            if (graph.is_full() && !graph.run()) {
-                return false;
-            }
-            build_value_norm(graph, engine, layer, cells, plans[h], h);
-        }
-    }
-
-    if (!engine.measures_flow()) {
-        flow.rho = -1;
-        return true;
-    }
+    const auto text = needs_logits(engine.params) ? spread_text(engine.observer, samples, window.size()) : std::vector<int32_t> {};
 
     int n_present = 0;
-    for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+    for (int m = 0; m < n_modalities; ++m) {
         n_present += engine.observer.count(seq_id, m) > 0;
     }
 
     // with one modality nothing can cross
-    if (n_present > 1 && !samples.empty()) {
-        step = heads_at_once(samples.size());
+    const auto rows = engine.measures_flow() && n_present > 1 ? samples : std::vector<int32_t> {};
+
+    std::vector<double> given(rows.size()*n_modalities); // by them to each modality
+
+    // build(head, n_heads) for as many KV heads at a time as the scratch allows
+    const auto for_heads = [&](size_t n_rows, const auto & build) {
+        const int64_t per_head = (int64_t) cells.size()*n_rows*(layer.n_head/layer.n_head_kv);
+        const int32_t step     = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/per_head));
+
         for (int32_t h = 0; h < layer.n_head_kv; h += step) {
             if (graph.is_full() && !graph.run()) {
                 return false;
             }
-            build_flow(graph, engine, layer, seq_id, samples, cells, plans, flow, h, std::min(step, layer.n_head_kv - h));
+            build(h, std::min(step, layer.n_head_kv - h));
         }
+
+        return graph.run();
+    };
+
+    const auto importance = [&](int32_t h, int32_t n_heads) {
+        build_importance(graph, engine, layer, window, text, cells, plans, h, n_heads);
+    };
+    const auto modalities = [&](int32_t h, int32_t n_heads) {
+        build_modalities(graph, engine, layer, rows, cells, plans, given, h, n_heads);
+    };
+    const auto value_norm = [&](int32_t h, int32_t /*n_heads*/) {
+        build_value_norm(graph, engine, layer, cells, plans[h], h);
+    };
+
+    bool ok;
+    if (kvmerge_can_attend(engine, layer)) {
+        ok = kvmerge_attend(graph, engine, layer, window, text, rows, cells, plans, given);
+    } else {
+        ok = for_heads(window.size(), importance) && (rows.empty() || for_heads(rows.size(), modalities));
+    }
+
+    if (ok && engine.params.value_norm) {
+        ok = for_heads(MAX_ELEMENTS, value_norm); // one at a time
+    }
+    if (!ok) {
+        return false;
+    }
+
+    if (!engine.measures_flow()) {
+        flow.rho = -1;
+    } else if (!rows.empty()) {
+        flow = make_flow(engine.observer, seq_id, layer.n_head, rows, given);
     }
 
     return true;

@@ -6,8 +6,7 @@
 
 // Fills plans[head].score of one layer, and its flow if the policy asks for it or plans are kept (else rho is -1). `cells`
 // are those of the sequence, in order; plans[head].cells is set.
-// The graph is only built here (it may run in between when it gets large): results arrive when it runs.
-// false: the backend failed.
+// The graph has to be empty. false: the backend failed.
 bool kvmerge_score_layer(
               kvmerge_graph         & graph,
         const kvmerge_engine        & engine,

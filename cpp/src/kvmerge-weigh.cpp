@@ -1,6 +1,7 @@
 #include "kvmerge-weigh.h"
 
 #include "kvmerge-groups.h"
+#include "kvmerge-vectors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -194,67 +195,107 @@ void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params) {
     }
 }
 
-// log(sum of exp(logits of a group)) - logit of its new key, as the mean over the proxies
-static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, size_t first, size_t step) {
-    const size_t n         = plan.cells.size();
-    const size_t n_queries = plan.logits.size()/n;
-
-    // side by side, group by group
-    std::vector<float> logit, bias, weight;
-
-    for (int32_t i : groups.index) {
-        bias  .push_back(plan.cells[i].bias);
-        weight.push_back(plan.weight[i]);
-    }
-    logit.resize(groups.index.size());
-
-    std::vector<double> total(plan.kept.size());
-    std::vector<size_t> count(plan.kept.size());
-
-    for (size_t q = first; q < n_queries; q += step) {
-        const float * logits = plan.logits.data() + q*n;
-
-        for (size_t j = 0; j < groups.index.size(); ++j) {
-            logit[j] = logits[groups.index[j]];
-        }
-
-        for (size_t c = 0; c < plan.kept.size(); ++c) {
-            const int32_t j0 = groups.first[c];
-            const int32_t j1 = groups.first[c + 1];
-
-            if (j1 - j0 == 1) {
-                continue;
-            }
-
-            float max = -INFINITY;
-            for (int32_t j = j0; j < j1; ++j) {
-                max = std::max(max, logit[j] + bias[j]);
-            }
-            if (!std::isfinite(max)) {
-                continue;
-            }
-
-            // the logit of a moved key is the weighted mean of the logits, because it is linear in the key
-            float  sum = 0;
-            double own = move_keys ? 0 : logits[plan.kept[c]];
-            for (int32_t j = j0; j < j1; ++j) {
-                sum += std::exp(logit[j] + bias[j] - max);
-                own += move_keys ? (double) weight[j]*logit[j] : 0;
-            }
-
-            total[c] += max + std::log(sum) - own;
-            count[c]++;
-        }
-    }
+// For the queries of a tile, group by group of several members:
+//   rest [n_groups][KVMERGE_TILE]  largest logit of the group less that of its new key
+//   sum  [n_groups][KVMERGE_TILE]  sum of e^(logit less the largest)
+template <typename vec_f, typename vec_i>
+KVMERGE_INLINE void compare_tile(const kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, const float * tile, float * rest, float * sum) {
+    constexpr int N_LANES = sizeof(vec_f)/sizeof(float);
 
     for (size_t c = 0; c < plan.kept.size(); ++c) {
+        const int32_t j0 = groups.first[c];
+        const int32_t j1 = groups.first[c + 1];
+
+        if (j1 - j0 == 1) {
+            continue;
+        }
+
+        for (int l = 0; l < KVMERGE_TILE; l += N_LANES) {
+            const auto logit = [&](int32_t i, vec_f & x) { memcpy(&x, tile + (int64_t) i*KVMERGE_TILE + l, sizeof(x)); };
+
+            vec_f x;
+            vec_f own = {};
+            vec_f max = vec_f {} - INFINITY;
+
+            for (int32_t j = j0; j < j1; ++j) {
+                const int32_t i = groups.index[j];
+
+                // the logit of a moved key is the weighted mean of the logits, because it is linear in the key
+                logit(i, x);
+                own += plan.weight[i]*x;
+                x   += plan.cells[i].bias;
+                kvmerge_max(max, x);
+            }
+
+            vec_f all = {};
+
+            for (int32_t j = j0; j < j1; ++j) {
+                const int32_t i = groups.index[j];
+
+                logit(i, x);
+                x += plan.cells[i].bias - max;
+                kvmerge_exp<vec_f, vec_i>(x);
+                all += x;
+            }
+
+            if (!move_keys) {
+                logit(plan.kept[c], own);
+            }
+
+            max -= own;
+            memcpy(rest + c*KVMERGE_TILE + l, &max, sizeof(max));
+            memcpy(sum  + c*KVMERGE_TILE + l, &all, sizeof(all));
+        }
+    }
+}
+
+KVMERGE_FOR_EACH_WIDTH(compare_groups, compare_tile,
+        (const kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, const float * tile, float * rest, float * sum),
+        (plan, groups, move_keys, tile, rest, sum))
+
+// log(sum of exp(logits of a group)) - logit of its new key, as the mean over the proxies
+static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, int32_t first, int32_t step) {
+    const size_t n_groups = plan.kept.size();
+
+    std::vector<float> rest(n_groups*KVMERGE_TILE);
+    std::vector<float> sum (n_groups*KVMERGE_TILE);
+
+    std::vector<double>  total(n_groups);
+    std::vector<int32_t> count(n_groups);
+
+    for (int32_t q0 = 0; q0 < plan.n_queries; q0 += KVMERGE_TILE) {
+        compare_groups(plan, groups, move_keys, plan.tile(q0/KVMERGE_TILE), rest.data(), sum.data());
+
+        for (size_t c = 0; c < n_groups; ++c) {
+            if (groups.first[c + 1] - groups.first[c] == 1) {
+                continue;
+            }
+
+            // one logarithm for all: each sum is between 1 and the number of members
+            double product = 1;
+
+            for (int32_t q = q0; q < std::min(q0 + KVMERGE_TILE, plan.n_queries); ++q) {
+                const float cur = rest[c*KVMERGE_TILE + q - q0];
+
+                if (q >= first && (q - first) % step == 0 && std::isfinite(cur)) {
+                    total[c] += cur;
+                    product  *= sum[c*KVMERGE_TILE + q - q0];
+                    count[c]++;
+                }
+            }
+
+            total[c] += std::log(product);
+        }
+    }
+
+    for (size_t c = 0; c < n_groups; ++c) {
         if (count[c] > 0) {
             plan.bias[c] = std::min<double>(MAX_BIAS, std::max<double>(-MAX_BIAS, total[c]/count[c]));
         }
     }
 }
 
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t first, size_t step) {
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, int32_t first, int32_t step) {
     plan.bias.assign(plan.kept.size(), 0.0f);
 
     if (params.bias == KVMERGE_BIAS_NONE) {

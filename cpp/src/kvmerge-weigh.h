@@ -18,5 +18,5 @@ void kvmerge_residual_cells(kvmerge_plan & plan, int32_t n_cells, const kvmerge_
 // Fills weight.
 void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params);
 
-// Fills bias; KVMERGE_BIAS_FIT from every `step`-th row of plan.logits, from `first` on.
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, size_t first = 0, size_t step = 1);
+// Fills bias; KVMERGE_BIAS_FIT from every `step`-th query of plan.logits, from `first` on.
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, int32_t first = 0, int32_t step = 1);
