@@ -42,32 +42,33 @@ struct attend_tile {
     }
 };
 
-// what the cells of a KV head are to a query
+// the cells of a KV head
 struct attend_cells {
-    int64_t              n;
-    int64_t              d;
-    std::vector<float>   bias;
-    std::vector<int32_t> order;
-    std::vector<uint8_t> modality;
+    int64_t n;
+    int64_t d;
+
+    const kvmerge_cell * cell;  // [n]
+    const kvmerge_cell * first; // [n] of the layer's first head, whose order counts for all
+    kvmerge_keys_of_head keys;
 };
 
 } // namespace
 
 // dst[i][l]: product of key first + i with query l of the tile
 template <typename vec_f>
-KVMERGE_INLINE void products(const float * tile, const float * keys, int64_t d, int64_t first, int64_t last, float * dst) {
+KVMERGE_INLINE void products(const float * tile, const attend_cells & cells, int64_t first, int64_t last, float * dst) {
     constexpr int N_VECS = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_ROWS = 12/N_VECS > 0 ? 12/N_VECS : 1; // their sums fill the registers
 
     for (int64_t i = first; i < last; i += N_ROWS) {
         const float * row[N_ROWS];
         for (int r = 0; r < N_ROWS; ++r) {
-            row[r] = keys + std::min(i + r, last - 1)*d;
+            row[r] = cells.keys[std::min(i + r, last - 1)];
         }
 
         vec_f sum[N_ROWS][N_VECS] = {};
 
-        for (int64_t e = 0; e < d; ++e) {
+        for (int64_t e = 0; e < cells.d; ++e) {
             vec_f x[N_VECS];
             memcpy(x, tile + e*KVMERGE_TILE, sizeof(x));
 
@@ -100,11 +101,11 @@ KVMERGE_INLINE void make_finite(vec_f & max) {
 
 // logits [n][KVMERGE_TILE] of the tile; the attention that its queries give, added to score [n]
 template <typename vec_f, typename vec_i>
-KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & cells, const float * keys, float * logits, float * score) {
+KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & cells, float * logits, float * score) {
     constexpr int N_VECS  = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_LANES = KVMERGE_TILE/N_VECS;
 
-    products<vec_f>(tile.q.data(), keys, cells.d, 0, cells.n, logits);
+    products<vec_f>(tile.q.data(), cells, 0, cells.n, logits);
 
     if (*std::max_element(tile.order, tile.order + KVMERGE_TILE) < 0) {
         return;
@@ -117,16 +118,16 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
         vec_f x;
         vec_f max = vec_f {} - std::numeric_limits<float>::infinity();
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.bias[i], cells.order[i], last, x);
+            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             kvmerge_max(max, x);
         }
         make_finite(max);
 
         vec_f sum = {};
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.bias[i], cells.order[i], last, x);
+            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             x -= max;
-            kvmerge_exp<vec_f, vec_i>(x);
+            kvmerge_exp(x);
             sum += x;
         }
 
@@ -134,9 +135,9 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
         const vec_f part = sum > vec_f {} ? 1.0f/sum : vec_f {};
 
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.bias[i], cells.order[i], last, x);
+            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             x -= max;
-            kvmerge_exp<vec_f, vec_i>(x);
+            kvmerge_exp(x);
             x *= part;
 
             float lanes[N_LANES];
@@ -150,7 +151,7 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
 
 // given [KVMERGE_TILE][n_modalities]: what the queries of the tile give to each modality
 template <typename vec_f, typename vec_i>
-KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & cells, const float * keys, float * given) {
+KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & cells, float * given) {
     constexpr int N_VECS  = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_LANES = KVMERGE_TILE/N_VECS;
 
@@ -171,11 +172,11 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
         const int64_t i1 = std::min(i0 + N_BLOCK, cells.n);
 
         // of most tiles most cells lie in the future
-        if (*std::min_element(cells.order.begin() + i0, cells.order.begin() + i1) > last_order) {
+        if (std::all_of(cells.first + i0, cells.first + i1, [&](const auto & cell) { return cell.order > last_order; })) {
             continue;
         }
 
-        products<vec_f>(tile.q.data(), keys, cells.d, i0, i1, logits);
+        products<vec_f>(tile.q.data(), cells, i0, i1, logits);
 
         for (int c = 0; c < N_VECS; ++c) {
             vec_f shrink = max[c];
@@ -183,7 +184,7 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
 
             vec_f x;
             for (int64_t i = i0; i < i1; ++i) {
-                seen(logits + (i - i0)*KVMERGE_TILE + c*N_LANES, cells.bias[i], cells.order[i], last[c], x);
+                seen(logits + (i - i0)*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last[c], x);
                 memcpy(logits + (i - i0)*KVMERGE_TILE + c*N_LANES, &x, sizeof(x));
                 kvmerge_max(max[c], x);
             }
@@ -192,7 +193,7 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
             make_finite(now);
 
             shrink -= now;
-            kvmerge_exp<vec_f, vec_i>(shrink);
+            kvmerge_exp(shrink);
             for (int m = 0; m < n_modalities; ++m) {
                 sum[m][c] *= shrink;
             }
@@ -200,8 +201,8 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
             for (int64_t i = i0; i < i1; ++i) {
                 memcpy(&x, logits + (i - i0)*KVMERGE_TILE + c*N_LANES, sizeof(x));
                 x -= now;
-                kvmerge_exp<vec_f, vec_i>(x);
-                sum[cells.modality[i]][c] += x;
+                kvmerge_exp(x);
+                sum[cells.cell[i].modality][c] += x;
             }
         }
     }
@@ -221,10 +222,10 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
 }
 
 KVMERGE_FOR_EACH_WIDTH(compute_importance, attend_importance,
-        (attend_tile & tile, const attend_cells & cells, const float * keys, float * logits, float * score), (tile, cells, keys, logits, score))
+        (attend_tile & tile, const attend_cells & cells, float * logits, float * score), (tile, cells, logits, score))
 
 KVMERGE_FOR_EACH_WIDTH(compute_modalities, attend_modalities,
-        (attend_tile & tile, const attend_cells & cells, const float * keys, float * given), (tile, cells, keys, given))
+        (attend_tile & tile, const attend_cells & cells, float * given), (tile, cells, given))
 
 bool kvmerge_can_attend(const kvmerge_engine & engine, const kvmerge_layer & layer) {
 #if defined(KVMERGE_VECTORS)
@@ -273,8 +274,6 @@ bool kvmerge_attend(
     const int64_t d = layer.n_embd_head_k;
 
     struct attend_head {
-        attend_cells cells;
-
         std::vector<attend_query> important; // window, then text
         std::vector<attend_query> crossing;  // flow
 
@@ -293,13 +292,6 @@ bool kvmerge_attend(
 
             auto & head = heads[i];
             auto & plan = plans[h];
-
-            head.cells = { n, d, {}, {}, {} };
-            for (int64_t c = 0; c < n; ++c) {
-                head.cells.bias    .push_back(plan.cells[c].bias);
-                head.cells.order   .push_back(plans[0].cells[c].order);
-                head.cells.modality.push_back(plan.cells[c].modality);
-            }
 
             head.important = make_queries(engine, layer, h, window);
             head.crossing  = make_queries(engine, layer, h, flow);
@@ -321,21 +313,23 @@ bool kvmerge_attend(
         const int32_t n_tiles     = heads[0].given .size() + n_important;
 
         const auto compute = [&](int i, const float * keys) {
-            auto & head = heads[i/n_tiles];
-            keys += i/n_tiles*n*d;
-
             const int32_t t = i % n_tiles;
+
+            auto & head = heads[i/n_tiles];
+            auto & plan = plans[h0 + i/n_tiles];
+
+            const attend_cells of_head = { n, d, plan.cells.data(), plans[0].cells.data(), { keys, i/n_tiles, (int32_t) heads.size(), d } };
 
             if (t < n_important) {
                 attend_tile tile(head.important, t*KVMERGE_TILE, d, layer.kq_scale);
-                compute_importance(tile, head.cells, keys, plans[h0 + i/n_tiles].tile(t), head.scores[t].data());
+                compute_importance(tile, of_head, plan.tile(t), head.scores[t].data());
             } else {
                 attend_tile tile(head.crossing, (t - n_important)*KVMERGE_TILE, d, layer.kq_scale);
-                compute_modalities(tile, head.cells, keys, head.given[t - n_important].data());
+                compute_modalities(tile, of_head, head.given[t - n_important].data());
             }
         };
 
-        if (!kvmerge_parallel(graph, kvmerge_build_keys(graph, layer, h0, heads.size(), cells), heads.size()*n_tiles, compute)) {
+        if (!kvmerge_parallel(graph, kvmerge_build_keys_of_heads(graph, layer, h0, heads.size(), cells), heads.size()*n_tiles, compute)) {
             return false;
         }
 

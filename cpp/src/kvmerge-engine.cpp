@@ -904,13 +904,17 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const auto score = [&](size_t l) {
         plans_new[l].resize(layers[l].n_head_kv);
 
-        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+        const bool ok = kvmerge_parallel(graph, layers[l].n_head_kv, [&](int h) {
             plans_new[l][h].logits = std::move(logits[h]);
             plans_new[l][h].cells.reserve(cells.size());
 
             for (uint32_t idx : cells) {
                 plans_new[l][h].cells.push_back(cell(idx, l, h));
             }
+        });
+
+        if (!ok) {
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed in layer %d", layers[l].il);
         }
 
         mark_whole(n_cells, plans_new[l]);

@@ -1,13 +1,19 @@
 #include "kvmerge-match.h"
 
+#include "kvmerge-fuse.h"
 #include "kvmerge-keys.h"
 #include "kvmerge-nearest.h"
+#include "kvmerge-parallel.h"
 
 #include <algorithm>
 #include <map>
 
-// scratch for the products of one piece of the graph
+// scratch for the products of one piece of the graph, and for the keys where products are not stored
 static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;
+static constexpr int64_t MAX_KEYS     = 4*1024*1024;
+
+// tokens that one thread matches at a time
+static constexpr size_t MAX_EVICTED = 4096;
 
 // evicted cells and the pivots open to them, as indices into the plan
 struct match_group {
@@ -18,6 +24,9 @@ struct match_group {
 static std::vector<match_group> make_groups(const kvmerge_plan & plan, int32_t match) {
     std::map<int32_t, match_group> groups;
 
+    match_group * cur      = nullptr; // that of the key last_key: most cells follow one of the same group
+    int32_t       last_key = -1;
+
     for (size_t i = 0; i < plan.cells.size(); ++i) {
         const auto & cell = plan.cells[i];
 
@@ -25,10 +34,15 @@ static std::vector<match_group> make_groups(const kvmerge_plan & plan, int32_t m
             match == KVMERGE_MATCH_MODALITY ? cell.modality :
             match == KVMERGE_MATCH_SEGMENT  ? cell.segment  : 0;
 
+        if (!cur || key != last_key) {
+            cur      = &groups[key];
+            last_key = key;
+        }
+
         if (plan.fate[i] == KVMERGE_DROPPED && cell.mass > 0) {
-            groups[key].evicted.push_back(i);
+            cur->evicted.push_back(i);
         } else if (plan.fate[i] == KVMERGE_KEPT) {
-            groups[key].pivots.push_back(i);
+            cur->pivots.push_back(i);
         }
     }
 
@@ -40,6 +54,97 @@ static std::vector<match_group> make_groups(const kvmerge_plan & plan, int32_t m
     }
 
     return res;
+}
+
+static void fold_into(kvmerge_plan & plan, const int32_t * evicted, const int32_t * pivot, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        plan.target[evicted[i]] = pivot[i];
+        plan.fate  [evicted[i]] = KVMERGE_FOLDED;
+    }
+}
+
+// on the CPU, without storing products
+static bool match_fused(
+        kvmerge_graph & graph, const kvmerge_layer & layer, int32_t match, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) {
+    const int64_t d    = layer.n_embd_head_k;
+    const int64_t n    = cells.size();
+    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_KEYS/(n*d)));
+
+    struct match_job {
+        int32_t     head;
+        match_group group;
+        size_t      first; // of group.evicted
+    };
+
+    for (int32_t h0 = 0; h0 < layer.n_head_kv; h0 += step) {
+        const int32_t n_heads = std::min(step, layer.n_head_kv - h0);
+
+        std::vector<match_job> jobs;
+
+        for (int32_t h = h0; h < h0 + n_heads; ++h) {
+            for (const auto & group : make_groups(plans[h], match)) {
+                for (size_t first = 0; first < group.evicted.size(); first += MAX_EVICTED) {
+                    jobs.push_back({ h, group, first });
+                }
+            }
+        }
+
+        const auto compute = [&](int i, const float * keys) {
+            const auto & job = jobs[i];
+
+            const int32_t * evicted   = job.group.evicted.data() + job.first;
+            const size_t    n_evicted = std::min(MAX_EVICTED, job.group.evicted.size() - job.first);
+
+            std::vector<int32_t> nearest(n_evicted);
+            kvmerge_nearest({ keys, job.head - h0, n_heads, d }, d, job.group.pivots, evicted, n_evicted, nearest.data());
+
+            fold_into(plans[job.head], evicted, nearest.data(), n_evicted);
+        };
+
+        if (!jobs.empty() && !kvmerge_parallel(graph, kvmerge_build_keys_of_heads(graph, layer, h0, n_heads, cells), jobs.size(), compute)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+static bool match_in_graph(
+        kvmerge_graph & graph, const kvmerge_layer & layer, int32_t match, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) {
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        auto & plan = plans[h];
+
+        for (const auto & group : make_groups(plan, match)) {
+            const size_t step = std::max<int64_t>(1, MAX_ELEMENTS/(int64_t) group.pivots.size());
+
+            for (size_t i0 = 0; i0 < group.evicted.size(); i0 += step) {
+                if (graph.is_full() && !graph.run()) {
+                    return false;
+                }
+
+                const std::vector<int32_t> evicted(
+                        group.evicted.begin() + i0, group.evicted.begin() + std::min(i0 + step, group.evicted.size()));
+
+                ggml_tensor * k       = kvmerge_build_keys(graph, layer, h, cells, evicted);
+                ggml_tensor * pivots  = kvmerge_build_keys(graph, layer, h, cells, group.pivots);
+
+                // the norm of the evicted key does not change which pivot is nearest
+                ggml_tensor * product = ggml_mul_mat(graph.ctx(), ggml_l2_norm(graph.ctx(), pivots, 1e-12f), k); // [n_pivots, n_evicted]
+                ggml_prec_set_acc(product, GGML_PREC_F32);
+
+                graph.output(ggml_argmax(graph.ctx(), product), [&plan, evicted, pivots = group.pivots](const std::vector<uint8_t> & bytes) {
+                    const int32_t * best = reinterpret_cast<const int32_t *>(bytes.data());
+
+                    std::vector<int32_t> nearest(evicted.size());
+                    std::transform(best, best + evicted.size(), nearest.begin(), [&](int32_t p) { return pivots[p]; });
+
+                    fold_into(plan, evicted.data(), nearest.data(), evicted.size());
+                });
+            }
+        }
+    }
+
+    return graph.run();
 }
 
 bool kvmerge_match_layer(
@@ -57,48 +162,18 @@ bool kvmerge_match_layer(
         match = crosses == (match == KVMERGE_MATCH_FLOW) ? KVMERGE_MATCH_ANY : KVMERGE_MATCH_MODALITY;
     }
 
-    const bool fuse = kvmerge_can_fuse_nearest(layer.k);
-
-    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
-        auto & plan = plans[h];
-
+    for (auto & plan : plans) {
         plan.target.assign(plan.cells.size(), -1);
         for (int32_t i : plan.kept) {
             plan.target[i] = i;
         }
-
-        if (match == KVMERGE_MATCH_NONE) {
-            continue;
-        }
-
-        for (const auto & group : make_groups(plan, match)) {
-            const size_t step = fuse ? group.evicted.size() : std::max<int64_t>(1, MAX_ELEMENTS/(int64_t) group.pivots.size());
-
-            for (size_t i0 = 0; i0 < group.evicted.size(); i0 += step) {
-                if (graph.is_full() && !graph.run()) {
-                    return false;
-                }
-
-                const std::vector<int32_t> evicted(
-                        group.evicted.begin() + i0, group.evicted.begin() + std::min(i0 + step, group.evicted.size()));
-
-                // the norm of the evicted key does not change which pivot is nearest
-                ggml_tensor * pivots  = ggml_l2_norm(graph.ctx(), kvmerge_build_keys(graph, layer, h, cells, group.pivots), 1e-12f);
-                ggml_tensor * nearest = kvmerge_build_nearest(graph.ctx(), pivots, kvmerge_build_keys(graph, layer, h, cells, evicted), fuse);
-
-                graph.output(nearest, [&plan, evicted, pivots = group.pivots](const std::vector<uint8_t> & bytes) {
-                    const int32_t * nearest = reinterpret_cast<const int32_t *>(bytes.data());
-
-                    for (size_t i = 0; i < evicted.size(); ++i) {
-                        plan.target[evicted[i]] = pivots[nearest[i]];
-                        plan.fate  [evicted[i]] = KVMERGE_FOLDED;
-                    }
-                });
-            }
-        }
     }
 
-    return true;
+    if (match == KVMERGE_MATCH_NONE) {
+        return true;
+    }
+
+    return kvmerge_can_fuse(layer.k) ? match_fused(graph, layer, match, cells, plans) : match_in_graph(graph, layer, match, cells, plans);
 }
 
 bool kvmerge_similarity_layer(

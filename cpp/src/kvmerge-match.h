@@ -5,8 +5,7 @@
 #include "kvmerge-engine.h"
 
 // Fills plans[head].target of one layer; evicted cells that find a pivot become KVMERGE_FOLDED.
-// The graph is only built here (it may run in between when it gets large): results arrive when it runs.
-// false: the backend failed.
+// The graph has to be empty. false: the backend failed.
 bool kvmerge_match_layer(
               kvmerge_graph         & graph,
         const kvmerge_engine        & engine,
@@ -15,7 +14,9 @@ bool kvmerge_match_layer(
         const std::vector<uint32_t> & cells,
         std::vector<kvmerge_plan>   & plans);
 
-// Fills plans[head].similarity: the cosine of every folded cell's key to its pivot's. As above.
+// Fills plans[head].similarity: the cosine of every folded cell's key to its pivot's.
+// The graph is only built here (it may run in between when it gets large): results arrive when it runs.
+// false: the backend failed.
 bool kvmerge_similarity_layer(
               kvmerge_graph         & graph,
         const kvmerge_layer         & layer,

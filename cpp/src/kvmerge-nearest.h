@@ -1,14 +1,11 @@
 #pragma once
 
-// nearest: the pivot with which each key has the largest product.
+// nearest: the pivot whose key has the largest cosine to that of a token. On the CPU, no product leaves the registers.
 
-#include "ggml.h"
+#include "kvmerge-keys.h"
 
-//   pivots  F32 [d, n_pivots]
-//   keys    F32 [d, n_keys]
-// Returns I32 [n_keys], indices of pivots. Fused, product and maximum are one operation of the CPU, and no product leaves
-// the registers; else they are two nodes that every backend has.
-ggml_tensor * kvmerge_build_nearest(ggml_context * ctx, ggml_tensor * pivots, ggml_tensor * keys, bool fuse);
+#include <cstdint>
+#include <vector>
 
-// can keys from this cache take the fused operation?
-bool kvmerge_can_fuse_nearest(const ggml_tensor * cache);
+// nearest[i]: which of `pivots` is nearest to evicted[i], both numbers of keys; of equally near ones the last.
+void kvmerge_nearest(const kvmerge_keys_of_head & keys, int64_t d, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest);

@@ -25,9 +25,15 @@ static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & lay
         return ggml_view_3d(ctx, layer.k, layer.n_embd_head_k, n, n_heads, layer.k->nb[1], row, cells.front()*layer.k->nb[1] + head*row);
     }
 
-    ggml_tensor * k = kvmerge_build_keys(graph, layer, head, n_heads, cells);
+    std::vector<int32_t> rows;
+    rows.reserve(n*n_heads);
+    for (int32_t h = head; h < head + n_heads; ++h) {
+        for (uint32_t idx : cells) {
+            rows.push_back(kvmerge_key_row(layer, idx, h));
+        }
+    }
 
-    return ggml_reshape_3d(ctx, k, layer.n_embd_head_k, n, n_heads);
+    return ggml_reshape_3d(ctx, kvmerge_build_key_rows(graph, layer, rows), layer.n_embd_head_k, n, n_heads);
 }
 
 // attention logits of the queries in `slots` over the cells, without bias and mask, for n_heads KV heads from `head` on:

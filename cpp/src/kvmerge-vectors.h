@@ -65,9 +65,20 @@ private:
     std::vector<float> floats;
 };
 
+// unsigned integers as wide as a vector of floats
+template <size_t N_BYTES>
+struct kvmerge_bits;
+
+#if defined(KVMERGE_VECTORS)
+template <> struct kvmerge_bits<16> { typedef uint32_t type __attribute__((vector_size(16))); };
+template <> struct kvmerge_bits<32> { typedef uint32_t type __attribute__((vector_size(32))); };
+template <> struct kvmerge_bits<64> { typedef uint32_t type __attribute__((vector_size(64))); };
+#endif
+template <> struct kvmerge_bits<sizeof(float)> { typedef uint32_t type; };
+
 // x = e^x to 3e-7 of it, 0 below e^-87: 2^n times a polynomial of what is left, at most ln(2)/2
 // (coefficients: S. Moshier, Cephes, expf)
-template <typename vec_f, typename vec_i>
+template <typename vec_f>
 KVMERGE_INLINE void kvmerge_exp(vec_f & x) {
     // adding 1.5*2^23 rounds to an integer, which is then in the lowest bits
     const vec_f shifted = x*1.44269504088896341f + 12582912.0f;
@@ -81,9 +92,9 @@ KVMERGE_INLINE void kvmerge_exp(vec_f & x) {
     y = y*r + 5.0000001201e-1f;
     y = y*r*r + r + 1.0f;
 
-    vec_i bits;
+    typename kvmerge_bits<sizeof(vec_f)>::type bits;
     memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits + 127) << 23;
+    bits = (bits + 127u) << 23;
 
     vec_f scale;
     memcpy(&scale, &bits, sizeof(scale));

@@ -234,7 +234,7 @@ KVMERGE_INLINE void compare_tile(const kvmerge_plan & plan, const kvmerge_groups
 
                 logit(i, x);
                 x += plan.cells[i].bias - max;
-                kvmerge_exp<vec_f, vec_i>(x);
+                kvmerge_exp(x);
                 all += x;
             }
 
