@@ -109,6 +109,30 @@ def test_preset_in_plain_graphs(
     check(models["gqa"], POLICIES[name], "f16", True)
 
 
+@pytest.mark.parametrize("name", ["flowmm", "mosaic"])
+def test_second_merge_in_plain_graphs(
+    models: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that stand for many, with a bias, score the same in both ways."""
+    policy = replace(POLICIES[name], bias="fit")
+    with Session(models["gqa"], merge=policy.engine_params(), cache_type="f32") as session:
+        engine = session.engine
+        assert engine
+        read_prompt(session)
+        engine.merge(60)
+        read_prompt(session, seed=1)
+        state = session.save()
+        heads = [(i, h) for i in range(3) for h in range(2)]
+        engine.merge(70)
+        flow, scores = engine.flow(), [engine.plan(i, h).score for i, h in heads]
+        assert session.restore(state)
+        monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+        engine.merge(70)
+        for (i, h), score in zip(heads, scores, strict=True):
+            np.testing.assert_allclose(engine.plan(i, h).score, score, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(engine.flow().rho, flow.rho, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mosaic", "pyramid", "madakv", "meda"])
 def test_sizes_of_more_layers(models: dict[str, Path], name: str) -> None:
     """With fewer than four layers none of them is an early one."""
