@@ -28,11 +28,13 @@ struct attend_query {
 struct attend_tile {
     kvmerge_aligned_floats q; // [d][KVMERGE_TILE], scaled
     int32_t order[KVMERGE_TILE];
+    int32_t n;
 
-    attend_tile(const std::vector<attend_query> & queries, size_t first, int64_t d, float scale) : q(d*KVMERGE_TILE) {
+    attend_tile(const std::vector<attend_query> & queries, size_t first, int64_t d, float scale) :
+        q(d*KVMERGE_TILE), n(std::min<size_t>(KVMERGE_TILE, queries.size() - first)) {
         std::fill(order, order + KVMERGE_TILE, -1);
 
-        for (size_t l = 0; l < KVMERGE_TILE && first + l < queries.size(); ++l) {
+        for (int32_t l = 0; l < n; ++l) {
             order[l] = queries[first + l].order;
 
             for (int64_t e = 0; e < d; ++e) {
@@ -155,7 +157,9 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
     constexpr int N_VECS  = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_LANES = KVMERGE_TILE/N_VECS;
 
-    const int32_t last_order = *std::max_element(tile.order, tile.order + KVMERGE_TILE);
+    // of the queries; those that fill up the tile may see what they like
+    const int32_t last_order  = *std::max_element(tile.order, tile.order + KVMERGE_TILE);
+    const int32_t first_order = *std::min_element(tile.order, tile.order + tile.n);
 
     alignas(64) float logits[N_BLOCK*KVMERGE_TILE];
 
@@ -171,10 +175,14 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
     for (int64_t i0 = 0; i0 < cells.n; i0 += N_BLOCK) {
         const int64_t i1 = std::min(i0 + N_BLOCK, cells.n);
 
-        // of most tiles most cells lie in the future
-        if (std::all_of(cells.first + i0, cells.first + i1, [&](const auto & cell) { return cell.order > last_order; })) {
+        const auto is_after = [&](int32_t order) { return [order](const auto & cell) { return cell.order > order; }; };
+
+        // most blocks lie in the future of all queries of a tile, or in the past of all
+        if (std::all_of(cells.first + i0, cells.first + i1, is_after(last_order))) {
             continue;
         }
+
+        const bool all_see = std::none_of(cells.first + i0, cells.first + i1, is_after(first_order));
 
         products<vec_f>(tile.q.data(), cells, i0, i1, logits);
 
@@ -184,8 +192,16 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
 
             vec_f x;
             for (int64_t i = i0; i < i1; ++i) {
-                seen(logits + (i - i0)*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last[c], x);
-                memcpy(logits + (i - i0)*KVMERGE_TILE + c*N_LANES, &x, sizeof(x));
+                float * logit = logits + (i - i0)*KVMERGE_TILE + c*N_LANES;
+
+                if (all_see) {
+                    memcpy(&x, logit, sizeof(x));
+                    x += cells.cell[i].bias;
+                } else {
+                    seen(logit, cells.cell[i].bias, cells.first[i].order, last[c], x);
+                }
+
+                memcpy(logit, &x, sizeof(x));
                 kvmerge_max(max[c], x);
             }
 
