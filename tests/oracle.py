@@ -191,6 +191,18 @@ def share(wanted: list[int], floors: list[int], total: int) -> list[int]:
     return given
 
 
+def cap(target: Array, k: Array, members: int) -> Array:
+    """Leave the `members` of each pivot that are most like it, all of them for 0."""
+    out = target.copy()
+    unit = k / np.linalg.norm(k, axis=1, keepdims=True)
+    for pivot in np.unique(target[target >= 0]):
+        others = np.flatnonzero((target == pivot) & (np.arange(len(target)) != pivot))
+        order = np.argsort(-(unit[others] @ unit[pivot]), kind="stable")
+        if members:
+            out[others[order[members:]]] = -1
+    return out
+
+
 def k_center(k: Array, score: Array, members: list[int], groups: int) -> dict[int, int]:
     """Farthest-point seeds from the highest score on; every member to its nearest seed."""
     keys = k[members]

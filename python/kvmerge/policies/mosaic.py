@@ -15,7 +15,8 @@ class Mosaic(Policy):
     What the question does not point at is what a later question asks for, so choosing the
     survivors by importance alone is not enough.  Each picture is cut into groups of similar keys
     (farthest-point seeds, each token to its nearest), and every group becomes one cell: the mean
-    of its keys and values, with a bias that gives it the attention of the group.  No group crosses
+    of the keys and values of the seed and the `members` most like it, with a bias that gives it
+    their attention; what is less alike is left out, because it would blur the cell.  No group crosses
     the border of a picture, and every picture keeps at least `floor` cells.  Text stays as it is
     as far as it fits in its share; what does not fit is grouped in the same way, and there a group
     may hold like words from anywhere in the text.  The first quarter of the layers keeps twice the
@@ -36,6 +37,8 @@ class Mosaic(Policy):
         Share of the cells of text for its most important tokens, the rest for groups, 0 to 1.
     pivots : float, default 0.0
         Share of the pictures' cells for their most important tokens, the rest for groups, 0 to 1.
+    members : int, default 2
+        Tokens that a cell takes up beside its own, 0 to 65536; 0 is all of its group.
     window : int, default 16
         Tokens at the end of the prompt whose queries score and, with as many of the text before,
         fit the bias, 1 to 256.
@@ -60,3 +63,4 @@ class Mosaic(Policy):
     pivots: float = 0.0
     text: float = 0.9
     text_pivots: float = 0.0
+    members: int = 2
