@@ -16,10 +16,10 @@ class Mosaic(Policy):
     survivors by importance alone is not enough.  Each picture is cut into groups of similar keys
     (farthest-point seeds, each token to its nearest), and every group becomes one cell: the mean
     of the keys and values of the seed and the `members` most like it, with a bias that gives it
-    their attention; what is less alike is left out, because it would blur the cell.  No group crosses
-    the border of a picture, and every picture keeps at least `floor` cells.  Text stays as it is
-    as far as it fits in its share; what does not fit is grouped in the same way, and there a group
-    may hold like words from anywhere in the text.  The first quarter of the layers keeps twice the
+    their attention; what is less alike is left out, because it would blur the cell.  No group
+    crosses the border of a picture, and every picture keeps at least `floor` cells.  Text stays as
+    it is as far as it fits in its share; what does not fit is grouped in the same way, and there a
+    group may hold like words from anywhere in the text.  The first quarter of the layers keeps twice the
     mean: words and pictures are found there by what they are, later layers look at a few places.
 
     The defaults are those that kept most answers in the quality table (``docs/quality.md``).
