@@ -19,8 +19,9 @@ class Mosaic(Policy):
     their attention; what is less alike is left out, because it would blur the cell.  No group
     crosses the border of a picture, and every picture keeps at least `floor` cells.  Text stays as
     it is as far as it fits in its share; what does not fit is grouped in the same way, and there a
-    group may hold like words from anywhere in the text.  The first quarter of the layers keeps twice the
-    mean: words and pictures are found there by what they are, later layers look at a few places.
+    group may hold like words from anywhere in the text.  The first quarter of the layers keeps
+    twice the mean: words and pictures are found there by what they are, later layers look at a few
+    places.
 
     The defaults are those that kept most answers in the quality table (``docs/quality.md``).
 
