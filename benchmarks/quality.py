@@ -1,6 +1,6 @@
 """Every figure of the quality section and of docs/quality.md, one run after the other.
 
-All of it takes about two hours on two cores; a run that was interrupted goes on where it stopped.
+All of it takes about four hours on two cores; what was interrupted goes on where it stopped.
 
     python benchmarks/quality.py --jobs 2 --update docs/quality.md --update README.md
 """
@@ -12,14 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-KNOWN = "--pictures 12 --questions 200 --methods reference,preset,mosaic/evict"
-UNKNOWN = "--pictures 12 --questions 50 --methods reference,preset --mode unknown"
 ABLATIONS = (
-    "--pictures 12 --questions 30 --methods flowmm/no-flow,flowmm/reversed-flow,"
-    "flowmm/no-sensitivity,flowmm/no-bias,flowmm/keep-keys,mosaic/no-bias,mosaic/bias-count,"
-    "mosaic/keep-keys,mosaic/uniform,mosaic/no-floor,mosaic/residual,mosaic/guard,mosaic=*"
+    "flowmm/no-flow,flowmm/reversed-flow,flowmm/no-sensitivity,flowmm/no-bias,flowmm/keep-keys,"
+    "mosaic/evict,mosaic/no-bias,mosaic/bias-count,mosaic/keep-keys,mosaic/members=0,"
+    "mosaic/uniform,mosaic/no-floor,mosaic/residual,mosaic/guard"
 )
-RUNS = (KNOWN, UNKNOWN, ABLATIONS)
+KNOWN = f"--pictures 12 --questions 200 --methods reference,preset,mosaic=*,{ABLATIONS}"
+UNKNOWN = "--pictures 12 --questions 200 --mode unknown --methods reference,preset"
+OTHERS = "--questions 50 --methods full,mosaic,mosaic/evict,kvmerger,look-m,flowmm,snapkv"
+OTHER_PROMPTS = (f"--pictures 2,24 {OTHERS}", f"--pictures 12 --distractors 400 {OTHERS}")
+RUNS = (KNOWN, UNKNOWN, *OTHER_PROMPTS)
 """Options of ``kvmerge eval``; all write into one folder."""
 
 

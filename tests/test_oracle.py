@@ -59,8 +59,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return written | {"mrope": write_mrope_model(folder)[0]}
 
 
-def read_prompt(session: Session, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Text, pictures, text; returns modality and segment of every token."""
+def read_prompt(
+    session: Session, seed: int = 0, among_others: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text, pictures, text; returns modality and segment of every token.
+
+    With `among_others`, tokens of another sequence lie between the cells of this one.
+    """
     rng = np.random.default_rng(seed)
     modality: list[int] = []
     segment: list[int] = []
@@ -75,7 +80,9 @@ def read_prompt(session: Session, seed: int = 0) -> tuple[np.ndarray, np.ndarray
         mark(0, n)
 
     text(21)
-    for gap in (9, 0, 30):  # the second and third picture touch
+    for i, gap in enumerate((9, 0, 30)):  # the second and third picture touch
+        if among_others:
+            session.decode([5], sequence=1, position=i)
         rows = rng.standard_normal((N_IMAGE, session.n_embd)).astype(np.float32)
         assert session.engine
         with session.engine.media("image"):
@@ -108,6 +115,16 @@ def test_preset_in_plain_graphs(
     """Without operations that only the CPU has: what is computed on other backends."""
     monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
     check(models["gqa"], POLICIES[name], "f16", True)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o"])
+def test_cells_that_do_not_follow_each_other(
+    models: dict[str, Path], name: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+    check(models["gqa"], POLICIES[name], "f16", True, among_others=True)
 
 
 @pytest.mark.parametrize("name", ["flowmm", "mosaic"])
@@ -151,15 +168,17 @@ def test_preset_with_mrope(models: dict[str, Path], name: str) -> None:
     check(models["mrope"], POLICIES[name], "f16", True)
 
 
-def check(model: Path, policy: Policy, cache_type: str, flash_attention: bool) -> None:
+def check(
+    model: Path, policy: Policy, cache_type: str, flash_attention: bool, among_others: bool = False
+) -> None:
     """Merge a prompt and compare every step of every layer."""
     policy = replace(policy, flow_rows=1024)  # every query is sampled: the flow is exact
     with Session(
         model, merge=policy.engine_params(), cache_type=cache_type,
-        flash_attention=flash_attention,
+        flash_attention=flash_attention, n_seq_max=1 + among_others,
     ) as session:  # fmt: skip
         assert session.engine
-        modality, segment = read_prompt(session)
+        modality, segment = read_prompt(session, among_others=among_others)
         n = len(modality)
         budget = n // 5
         layers = range(session.engine.stats().n_layers)

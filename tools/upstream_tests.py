@@ -9,6 +9,7 @@ huggingface_hub; takes some minutes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ NEED_DOWNLOAD = (
     "prefix_reuse",
 )
 """Parts of the names of tests of llama-cpp-python that fetch a model."""
+IMPORTED = ("huggingface_hub", "numpy", "pytest", "scipy")
+"""What tests of llama-cpp-python import."""
 
 
 def run(*command: str | Path, **options: object) -> None:
@@ -65,6 +68,9 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "upstream-tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     args = parser.parse_args()
+
+    if missing := [name for name in IMPORTED if not importlib.util.find_spec(name)]:
+        parser.error(f"the tests need {', '.join(missing)}: pip install {' '.join(missing)}")
 
     bin_folder = build(args.build, args.jobs)
     models = args.build / "models"

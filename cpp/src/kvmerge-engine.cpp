@@ -897,6 +897,12 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     std::vector<std::vector<float>> logits(n_head_kv_max()); // of the layer before: the next one writes over them
 
+    const auto take_logits = [&](size_t l) {
+        for (size_t h = 0; h < plans_new[l].size(); ++h) {
+            logits[h] = plans_new[l][h].take_logits();
+        }
+    };
+
     size_t  n_after   = 0; // cells of the layer that keeps most
     int32_t n_guarded = 0;
 
@@ -935,6 +941,10 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
         for (auto & plan : plans_new[l]) {
             kvmerge_pool(plan, params);
+        }
+
+        if (!kvmerge_needs_logits(params)) {
+            take_logits(l);
         }
 
         return KVMERGE_OK;
@@ -994,9 +1004,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
                 values->shrink_to_fit();
             }
         }
-        for (size_t h = 0; h < layer_plans.size(); ++h) {
-            logits[h] = std::move(layer_plans[h].logits);
-        }
+        take_logits(l);
 
         return KVMERGE_OK;
     };

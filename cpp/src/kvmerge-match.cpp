@@ -8,9 +8,8 @@
 #include <algorithm>
 #include <map>
 
-// scratch for the products of one piece of the graph, and for the keys where products are not stored
+// scratch of one piece of the graph: for the products, or for the keys where products are not stored
 static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;
-static constexpr int64_t MAX_KEYS     = 4*1024*1024;
 
 // tokens that one thread matches at a time
 static constexpr size_t MAX_EVICTED = 4096;
@@ -68,23 +67,26 @@ static bool match_fused(
         kvmerge_graph & graph, const kvmerge_layer & layer, int32_t match, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) {
     const int64_t d    = layer.n_embd_head_k;
     const int64_t n    = cells.size();
-    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_KEYS/(n*d)));
+    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/(n*d)));
 
     struct match_job {
-        int32_t     head;
-        match_group group;
-        size_t      first; // of group.evicted
+        int32_t             head;
+        const match_group * group;
+        size_t              first; // of group->evicted
     };
 
     for (int32_t h0 = 0; h0 < layer.n_head_kv; h0 += step) {
         const int32_t n_heads = std::min(step, layer.n_head_kv - h0);
 
-        std::vector<match_job> jobs;
+        std::vector<std::vector<match_group>> groups(n_heads);
+        std::vector<match_job>                jobs;
 
         for (int32_t h = h0; h < h0 + n_heads; ++h) {
-            for (const auto & group : make_groups(plans[h], match)) {
+            groups[h - h0] = make_groups(plans[h], match);
+
+            for (const auto & group : groups[h - h0]) {
                 for (size_t first = 0; first < group.evicted.size(); first += MAX_EVICTED) {
-                    jobs.push_back({ h, group, first });
+                    jobs.push_back({ h, &group, first });
                 }
             }
         }
@@ -92,11 +94,11 @@ static bool match_fused(
         const auto compute = [&](int i, const float * keys) {
             const auto & job = jobs[i];
 
-            const int32_t * evicted   = job.group.evicted.data() + job.first;
-            const size_t    n_evicted = std::min(MAX_EVICTED, job.group.evicted.size() - job.first);
+            const int32_t * evicted   = job.group->evicted.data() + job.first;
+            const size_t    n_evicted = std::min(MAX_EVICTED, job.group->evicted.size() - job.first);
 
             std::vector<int32_t> nearest(n_evicted);
-            kvmerge_nearest({ keys, job.head - h0, n_heads, d }, d, job.group.pivots, evicted, n_evicted, nearest.data());
+            kvmerge_nearest({ keys, job.head - h0, n_heads, d }, d, job.group->pivots, evicted, n_evicted, nearest.data());
 
             fold_into(plans[job.head], evicted, nearest.data(), n_evicted);
         };

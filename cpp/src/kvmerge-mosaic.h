@@ -3,9 +3,10 @@
 // select and match of the preset `mosaic`: every picture is kept as a mosaic of fewer, larger tiles that cover all of it.
 //
 // Choosing the survivors by importance alone loses what the question does not point at. Here a picture is cut into groups
-// of similar keys (farthest-point seeds, nearest seed), and every group becomes one cell; a share of the cells
-// (params.pivots) may go to its most important tokens instead. Text stays whole while it fits in its share; what does not
-// fit is grouped across all of its runs.
+// of similar keys (farthest-point seeds, nearest seed), and every group becomes one cell, of its seed and, once
+// kvmerge_limit has been there, the params.n_member most like it; a share of the cells (params.pivots) may go to the
+// picture's most important tokens instead. Text stays whole while it fits in its share; what does not fit is grouped
+// across all of its runs.
 
 #include "kvmerge-engine.h"
 

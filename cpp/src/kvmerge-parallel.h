@@ -8,5 +8,5 @@
 // find no free core. The graph has to be empty. What f throws is thrown here. false: the backend failed.
 bool kvmerge_parallel(kvmerge_graph & graph, int n, const std::function<void(int)> & f);
 
-// The same with the values of x, F32, which may be the only thing that the graph computes.
+// The same; f also gets the values of x, F32, which is computed first, or nullptr if x is.
 bool kvmerge_parallel(kvmerge_graph & graph, ggml_tensor * x, int n, const std::function<void(int, const float *)> & f);

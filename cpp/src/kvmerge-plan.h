@@ -40,7 +40,8 @@ struct kvmerge_plan {
     // score
     std::vector<float> score;         // [n] importance
     std::vector<float> value_norm;    // [n] norms of the values, empty unless asked for
-    std::vector<float> logits;        // attention logits of n_queries: of the proxies, then of sampled text; see logit()
+    std::vector<float> logits;        // attention logits of n_queries, where something needs them: of the proxies, then of
+                                      // sampled text; see logit()
     int32_t            n_proxies = 0;
     int32_t            n_queries = 0;
 
@@ -52,6 +53,14 @@ struct kvmerge_plan {
     void add_queries(int32_t n) {
         n_queries += n;
         logits.resize((int64_t) (n_queries + KVMERGE_TILE - 1)/KVMERGE_TILE*cells.size()*KVMERGE_TILE);
+    }
+
+    // gives the memory of the logits away, when nothing needs them any more
+    std::vector<float> take_logits() {
+        n_proxies = 0;
+        n_queries = 0;
+
+        return std::move(logits);
     }
 
     // select

@@ -14,7 +14,7 @@ static constexpr int64_t MAX_ELEMENTS = 8*1024*1024;
 
 static constexpr int n_modalities = kvmerge_observer::n_modalities;
 
-// K of the given cells: [n_embd_head_k, n, n_head_kv]
+// K of the given cells, for n_heads KV heads from `head` on: [n_embd_head_k, n, n_heads]
 static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<uint32_t> & cells, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
 
@@ -148,7 +148,7 @@ static std::vector<int32_t> spread_text(const kvmerge_observer & observer, const
     return res;
 }
 
-static bool needs_logits(const kvmerge_params & params) {
+bool kvmerge_needs_logits(const kvmerge_params & params) {
     return params.bias == KVMERGE_BIAS_FIT || params.guard;
 }
 
@@ -163,7 +163,7 @@ static void build_importance(
 
     ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
-    if (needs_logits(engine.params)) {
+    if (kvmerge_needs_logits(engine.params)) {
         for (int32_t h = head; h < head + n_heads; ++h) {
             plans[h].n_proxies = slots.size()*(layer.n_head/layer.n_head_kv);
         }
@@ -285,7 +285,7 @@ bool kvmerge_score_layer(
     const auto window  = engine.observer.window (seq_id, n_seen);
     const auto samples = engine.observer.samples(seq_id, n_seen);
 
-    const auto text = needs_logits(engine.params) ? spread_text(engine.observer, samples, window.size()) : std::vector<int32_t> {};
+    const auto text = kvmerge_needs_logits(engine.params) ? spread_text(engine.observer, samples, window.size()) : std::vector<int32_t> {};
 
     int n_present = 0;
     for (int m = 0; m < n_modalities; ++m) {

@@ -4,6 +4,9 @@
 
 #include "kvmerge-engine.h"
 
+// Is anything measured on the logits of the queries, after the scores were made of them?
+bool kvmerge_needs_logits(const kvmerge_params & params);
+
 // Fills plans[head].score of one layer, and its flow if the policy asks for it or plans are kept (else rho is -1). `cells`
 // are those of the sequence, in order; plans[head].cells is set.
 // The graph has to be empty. false: the backend failed.

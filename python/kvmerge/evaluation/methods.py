@@ -181,6 +181,7 @@ def _methods() -> Iterator[Method]:
             "pivots=0.5": ("half by importance", {"pivots": 0.5}),
             "pivots=0.75": ("three quarters by importance", {"pivots": 0.75}),
             "pivots=1": ("importance only", {"pivots": 1.0}),
+            "members=0": ("a cell takes up all of its group", {"members": 0}),
             "no-floor": ("no floor", {"floor": 0}),
             "floor=1": ("one cell a picture at least", {"floor": 1}),
             "floor=2": ("two cells a picture at least", {"floor": 2}),
