@@ -56,6 +56,14 @@ def llama() -> Iterator[Factory]:
     gc.collect()
 
 
+@pytest.fixture(params=[False, True], ids=["host", "device"])
+def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run a test a second time with the CPU treated as any other device."""
+    if request.param:
+        monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
+    return bool(request.param)
+
+
 @pytest.fixture
 def prompt() -> pocket.Prompt:
     """Four pictures with text between them, and ten questions."""

@@ -20,6 +20,8 @@ from mrope_model import write_mrope_model
 from random_model import Shape, write_random_model
 from session import Session, llama_cpp
 
+pytestmark = pytest.mark.usefixtures("as_device")
+
 KINDS = ["llama", "gemma3", "lfm2", "mrope"]
 CACHES = [("f16", True), ("f32", False), ("q8_0", True)]
 Make = Callable[..., Session]

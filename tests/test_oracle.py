@@ -113,7 +113,7 @@ def test_preset_in_plain_graphs(
     models: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without operations that only the CPU has: what is computed on other backends."""
-    monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+    monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
     check(models["gqa"], POLICIES[name], "f16", True)
 
 
@@ -123,7 +123,7 @@ def test_cells_that_do_not_follow_each_other(
     models: dict[str, Path], name: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+        monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
     check(models["gqa"], POLICIES[name], "f16", True, among_others=True)
 
 
@@ -144,7 +144,7 @@ def test_second_merge_in_plain_graphs(
         engine.merge(70)
         flow, scores = engine.flow(), [engine.plan(i, h).score for i, h in heads]
         assert session.restore(state)
-        monkeypatch.setenv("KVMERGE_PLAIN_GRAPHS", "1")
+        monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
         engine.merge(70)
         for (i, h), score in zip(heads, scores, strict=True):
             np.testing.assert_allclose(engine.plan(i, h).score, score, rtol=1e-3, atol=1e-6)

@@ -19,6 +19,8 @@ from kvmerge.resident import resident
 from random_model import Shape, write_random_model
 from session import Session, llama_cpp
 
+pytestmark = pytest.mark.usefixtures("as_device")
+
 CACHES = [("f16", True), ("f16", False), ("f32", False), ("q8_0", True), ("q4_0", True)]
 
 
@@ -278,18 +280,60 @@ with Session(model, **options) as session, Session(model, **options) as large:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
-def test_without_memory_to_grow_nothing_changes(tmp_path: Path) -> None:
-    """K and V grow where they lie; it is the bias for which there may be no memory."""
+WITHOUT_MEMORY_TO_SHRINK = """
+import re, resource, sys
+from pathlib import Path
+import numpy as np
+from random_model import Shape, write_random_model
+from session import Session, llama_cpp
+from test_room import words
+
+model = write_random_model(Path(sys.argv[1]), Shape())
+options = dict(merge={}, n_ctx=4352, n_batch=256, cache_type="f32", first_cells=256)
+with Session(model, **options) as session:
+    expected, normal = session.decode(words(200)), session.engine.bytes()
+    stayed = 0
+    for extra in range(0, 800, 50):
+        for i in range(8):
+            session.decode(words(256, i))
+        assert session.engine.size() > 2048
+        used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, ((used + extra) * 1024, resource.RLIM_INFINITY))
+        llama_cpp.llama_memory_clear(session.memory, True)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        stayed += session.engine.size() == 256 and session.engine.bytes() > normal
+        session.position = 0
+        np.testing.assert_allclose(session.decode(words(200)), expected, atol=1e-5)
+    assert session.engine.bytes() == normal
+    print(stayed)
+"""
+
+
+def run_short_of_memory(script: str, model: Path) -> list[int]:
+    """Run a script that limits its own memory; return the numbers that it prints."""
     paths = [str(Path(kvmerge.__file__).parents[1]), str(Path(__file__).parent)]
     # What is large is asked of the system each time, not found where something was freed.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path / "model.gguf")],
+        [sys.executable, "-c", script, str(model)],
         env={**os.environ, **allocator, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert int(process.stdout.split()[0]) > 1
+    return [int(word) for word in process.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_without_memory_to_grow_nothing_changes(tmp_path: Path) -> None:
+    """K and V of the host grow where they lie; there it is the bias that may find no memory."""
+    assert run_short_of_memory(WITHOUT_MEMORY, tmp_path / "model.gguf")[0] > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_without_memory_for_a_smaller_buffer_the_larger_one_stays(
+    tmp_path: Path, as_device: bool
+) -> None:
+    (stayed,) = run_short_of_memory(WITHOUT_MEMORY_TO_SHRINK, tmp_path / "model.gguf")
+    assert (stayed > 0) == as_device, "the host gives pages back where they lie"

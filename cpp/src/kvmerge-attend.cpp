@@ -1,6 +1,6 @@
 #include "kvmerge-attend.h"
 
-#include "kvmerge-fuse.h"
+#include "kvmerge-host.h"
 #include "kvmerge-keys.h"
 #include "kvmerge-parallel.h"
 #include "kvmerge-vectors.h"
@@ -245,7 +245,7 @@ KVMERGE_FOR_EACH_WIDTH(compute_modalities, attend_modalities,
 
 bool kvmerge_can_attend(const kvmerge_engine & engine, const kvmerge_layer & layer) {
 #if defined(KVMERGE_VECTORS)
-    return kvmerge_can_fuse(layer.k) && kvmerge_can_fuse(layer.q) && engine.logit_softcap == 0.0f && !layer.sinks;
+    return kvmerge_is_host(layer.k) && kvmerge_is_host(layer.q) && engine.logit_softcap == 0.0f && !layer.sinks;
 #else
     GGML_UNUSED(engine);
     GGML_UNUSED(layer);

@@ -1,6 +1,6 @@
 #include "kvmerge-fold.h"
 
-#include "kvmerge-fuse.h"
+#include "kvmerge-host.h"
 #include "kvmerge-groups.h"
 #include "kvmerge-sums.h"
 
@@ -47,7 +47,7 @@ static void build_fold(
         }
     }
 
-    const auto sums = kvmerge_build_sum_groups(graph, flat, rows, kvmerge_can_fuse(cache));
+    const auto sums = kvmerge_build_sum_groups(graph, flat, rows, kvmerge_is_host(cache));
 
     // all sums before the first store
     for (const auto & cur : sums) {

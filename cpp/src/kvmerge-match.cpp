@@ -1,6 +1,6 @@
 #include "kvmerge-match.h"
 
-#include "kvmerge-fuse.h"
+#include "kvmerge-host.h"
 #include "kvmerge-keys.h"
 #include "kvmerge-nearest.h"
 #include "kvmerge-parallel.h"
@@ -175,7 +175,7 @@ bool kvmerge_match_layer(
         return true;
     }
 
-    return kvmerge_can_fuse(layer.k) ? match_fused(graph, layer, match, cells, plans) : match_in_graph(graph, layer, match, cells, plans);
+    return kvmerge_is_host(layer.k) ? match_fused(graph, layer, match, cells, plans) : match_in_graph(graph, layer, match, cells, plans);
 }
 
 bool kvmerge_similarity_layer(

@@ -12,6 +12,7 @@
 
 #include "kvmerge-engine.h"
 #include "kvmerge-error.h"
+#include "kvmerge-host.h"
 #include "kvmerge-select.h"
 
 #include "llama-batch.h"
@@ -33,7 +34,7 @@ static constexpr uint32_t STEP = 256;
 // A layer stores a multiple of so many cells: on a device as many as the kernels are made for, in the host's memory the
 // tile of its flash attention.
 static uint32_t layer_step(const kvmerge_layer & layer) {
-    return ggml_backend_buffer_is_host(layer.k->buffer) ? 64 : STEP;
+    return kvmerge_is_host(layer.k) ? 64 : STEP;
 }
 
 static uint32_t round_up  (uint32_t n) { return (n + STEP - 1)/STEP*STEP; }
@@ -101,13 +102,45 @@ struct cell_move {
     uint32_t n;
 };
 
-// trans: memory holds one row a channel, over all cells
-static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move) {
+// through memory of the host; trans: memory holds one row a channel, over all cells
+static void copy_staged(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move, std::vector<uint8_t> & staging) {
+    if (!trans) {
+        staging.resize(move.n*old->nb[1]);
+        ggml_backend_tensor_get(old, staging.data(), move.from*old->nb[1], staging.size());
+        ggml_backend_tensor_set(dst, staging.data(), move.to  *dst->nb[1], staging.size());
+
+        return;
+    }
+
+    const size_t size  = ggml_type_size(old->type);
+    const size_t n_old = ggml_nbytes(old);
+    const size_t n_dst = ggml_nbytes(dst);
+
+    staging.assign(n_old + n_dst, 0);
+    ggml_backend_tensor_get(old, staging.data(), 0, n_old);
+
+    for (int64_t e = 0; e < old->ne[0]; ++e) {
+        std::copy_n(
+                staging.data() +         (e*old->ne[1] + move.from)*size, move.n*size,
+                staging.data() + n_old + (e*dst->ne[1] + move.to  )*size);
+    }
+    ggml_backend_tensor_set(dst, staging.data() + n_old, 0, n_dst);
+}
+
+// what copy_staged() takes at most, for a tensor of n_rows cells that becomes one of n_rows_new
+static size_t n_bytes_staged(const ggml_tensor * t, bool trans, uint32_t n_rows_new) {
+    const size_t n_old = ggml_nbytes(t);
+    const size_t n_new = ggml_row_size(t->type, t->ne[0])*n_rows_new;
+
+    return trans ? n_old + n_new : std::min(n_old, n_new);
+}
+
+static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move, std::vector<uint8_t> & staging) {
     if (move.n == 0) {
         return;
     }
 
-    if (!trans) {
+    if (!trans && old->data != dst->data) {
         // the cells lie one after the other
         ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
 
@@ -117,20 +150,9 @@ static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, c
         ggml_backend_view_init(from);
         ggml_backend_view_init(to);
         ggml_backend_tensor_copy(from, to);
-
-        return;
+    } else if (trans || move.from != move.to) {
+        copy_staged(old, dst, trans, move, staging);
     }
-
-    const size_t size = ggml_type_size(old->type);
-
-    std::vector<uint8_t> rows(ggml_nbytes(old));
-    ggml_backend_tensor_get(old, rows.data(), 0, rows.size());
-
-    std::vector<uint8_t> res(ggml_nbytes(dst));
-    for (int64_t e = 0; e < old->ne[0]; ++e) {
-        std::copy_n(rows.data() + (e*old->ne[1] + move.from)*size, move.n*size, res.data() + (e*dst->ne[1] + move.to)*size);
-    }
-    ggml_backend_tensor_set(dst, res.data(), 0, res.size());
 }
 
 // the same where both lie at the same place; what was not moved there is zero
@@ -174,9 +196,10 @@ static void keep_used(const ggml_tensor * t, bool trans, uint32_t n_used, kvmerg
     pages.keep(ggml_nbytes(t));
 }
 
-// replace K or V of a layer by a tensor of n_rows cells; the caller owns its buffer
+// Replaces K or V of a layer by a tensor of n_rows cells, in a buffer that `owner` gets. Fails only where it grows, or where
+// the buffer that was there is not its own.
 static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const cell_move & move, kvmerge_pages & pages,
-        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner) {
+        std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner, std::vector<uint8_t> & staging) {
     ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
 
     ggml_tensor * res = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], n_rows, 1);
@@ -191,20 +214,22 @@ static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const c
     } else {
         buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
 
-        if (!buf) {
+        if (buf) {
+            ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
+        } else if (owner.second && n_rows <= t->ne[1]) {
+            LLAMA_LOG_WARN("%s: no memory for a smaller buffer: %s stays in the one that it has\n", __func__, t->name);
+
+            buf = std::move(owner.second);
+            ggml_backend_tensor_alloc(buf.get(), res, t->data);
+        } else {
             return false;
         }
-        ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
     }
 
-    if (t->data == res->data) {
+    if (pages.data() && t->data == res->data) {
         move_cells(t, res, trans, move);
     } else {
-        try {
-            copy_cells(t, res, trans, move);
-        } catch (const std::bad_alloc &) {
-            return false;
-        }
+        copy_cells(t, res, trans, move, staging);
     }
 
     if (pages.data()) {
@@ -295,6 +320,19 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
     // more than one is there twice.
     const size_t n_tensors = 2*cache.layers.size();
 
+    std::vector<uint8_t> staging;
+
+    try {
+        for (size_t i = 0; i < n_tensors; ++i) {
+            const bool is_in_place = has_own_bufs && pages[i].data();
+
+            staging.reserve(is_in_place ? 0 : n_bytes_staged(cache_tensor(i), is_trans(i), n_cells - first[i/2]));
+        }
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: no memory to move %u cells\n", __func__, n_used);
+        return false;
+    }
+
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_tensors);
 
     auto & bufs = has_own_bufs ? cache.ctxs_bufs : bufs_first;
@@ -312,13 +350,13 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
 
         const cell_move move = { c - before[l], c - after[l], n_used > c ? n_used - c : 0 };
 
-        return resize_tensor(cache_tensor(i), is_trans(i), n - after[l], move, pages[i], bufs[i]);
+        return resize_tensor(cache_tensor(i), is_trans(i), n - after[l], move, pages[i], bufs[i], staging);
     };
 
     for (size_t i = 0; i < n_tensors; ++i) {
         const auto * t = cache_tensor(i);
 
-        if (!has_own_bufs && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
+        if (!has_own_bufs && kvmerge_is_host(t) && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
             pages[i] = kvmerge_pages(ggml_row_size(t->type, t->ne[0])*lctx->get_cparams().n_ctx_seq);
         }
 
@@ -328,7 +366,7 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
             if (has_own_bufs) {
                 for (size_t j = 0; j < i; ++j) {
                     const bool ok = replace(j, n_before, first, first_before);
-                    GGML_ASSERT(ok && "there was memory for the tensor a moment ago");
+                    GGML_ASSERT(ok && "what grew fits where it lies when it shrinks again");
                 }
             } else {
                 cache.layers = layers_before;
