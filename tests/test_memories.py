@@ -263,6 +263,13 @@ def test_a_cache_for_each_sequence(make: Make, n_seq_max: int) -> None:
         assert np.isfinite(session.decode([1])).all()
 
 
+def test_a_cache_with_nothing_to_merge(tmp_path: Path) -> None:
+    shape = Shape(arch="gemma3", layers=1)  # its only layer has a sliding window
+    model = write_random_model(tmp_path / "model.gguf", shape)
+    with pytest.raises(UnsupportedError, match="there is nothing to merge"):
+        Session(model, merge={}, swa_full=False)
+
+
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "split"])
 @pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
 def test_a_state_without_an_engine_goes_on(make: Make, unified: bool, whole: bool) -> None:

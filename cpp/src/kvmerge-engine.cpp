@@ -141,6 +141,9 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
     if (cache->merge && cache->merge->is_attached) {
         return kvmerge_error(KVMERGE_ERROR_STATE, "an engine is attached to this context already");
     }
+    if (cache->layers.empty()) {
+        return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "all layers with a cache see a sliding window only: their cache does not grow, and there is nothing to merge");
+    }
     if (cache->get_n_stream() > 1) {
         return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED, "%u sequences with a cache each: use a unified cache (kv_unified) or one sequence", cache->get_n_stream());
     }
