@@ -19,7 +19,7 @@ ABLATIONS = (
 )
 KNOWN = f"--pictures 12 --questions 200 --methods reference,preset,mosaic=*,{ABLATIONS}"
 UNKNOWN = "--pictures 12 --questions 200 --mode unknown --methods reference,preset"
-OTHERS = "--questions 50 --methods full,mosaic,mosaic/evict,kvmerger,look-m,flowmm,snapkv"
+OTHERS = "--questions 25 --methods full,mosaic,mosaic/evict,flowmm"
 OTHER_PROMPTS = (f"--pictures 2,24 {OTHERS}", f"--pictures 12 --distractors 400 {OTHERS}")
 RUNS = (KNOWN, UNKNOWN, *OTHER_PROMPTS)
 """Options of ``kvmerge eval``; all write into one folder."""
