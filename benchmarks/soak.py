@@ -61,6 +61,7 @@ def main() -> None:
         mmproj=pocket.mmproj_path(),
         n_ctx=4096,
         n_threads=1,
+        n_threads_batch=1,
         kv_merge="auto",
         kv_max_cells=args.cap,
         verbose=False,
