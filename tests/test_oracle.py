@@ -117,13 +117,9 @@ def test_preset_in_plain_graphs(
     check(models["gqa"], POLICIES[name], "f16", True)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.usefixtures("as_device")
 @pytest.mark.parametrize("name", ["flowmm", "mosaic", "h2o"])
-def test_cells_that_do_not_follow_each_other(
-    models: dict[str, Path], name: str, plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if plain:
-        monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
+def test_cells_that_do_not_follow_each_other(models: dict[str, Path], name: str) -> None:
     check(models["gqa"], POLICIES[name], "f16", True, among_others=True)
 
 

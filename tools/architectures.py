@@ -51,7 +51,7 @@ def check(model: Path) -> str:
                     if budget:
                         session.engine.merge(budget)
                         cells = session.engine.n_cells()
-                        varies = POLICIES[name].allocate != "uniform"
+                        varies = policy.allocate != "uniform"
                         assert cells >= budget if varies else cells == budget, f"{cells} cells"
                 state, position = session.save(), session.position
                 after = session.decode([1])
