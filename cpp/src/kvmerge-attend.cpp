@@ -9,11 +9,11 @@
 #include <functional>
 #include <limits>
 
-// scratch for the keys of one piece of the graph
-static constexpr int64_t MAX_ELEMENTS = 1024*1024;
-
-// keys whose logits stay in the cache of a core
+// keys that stay in the cache of a core, with their logits
 static constexpr int64_t N_BLOCK = 96;
+
+// tiles that share the reading of keys: more would leave threads without work
+static constexpr int32_t N_TILES = 4;
 
 static constexpr int n_modalities = kvmerge_observer::n_modalities;
 
@@ -24,53 +24,68 @@ struct attend_query {
     int32_t       order = -1;      // of its token: it sees the cells up to it
 };
 
-// queries side by side, those beyond the last are zeros that see nothing
-struct attend_tile {
-    kvmerge_aligned_floats q; // [d][KVMERGE_TILE], scaled
-    int32_t order[KVMERGE_TILE];
-    int32_t n;
-
-    attend_tile(const std::vector<attend_query> & queries, size_t first, int64_t d, float scale) :
-        q(d*KVMERGE_TILE), n(std::min<size_t>(KVMERGE_TILE, queries.size() - first)) {
-        std::fill(order, order + KVMERGE_TILE, -1);
-
-        for (int32_t l = 0; l < n; ++l) {
-            order[l] = queries[first + l].order;
-
-            for (int64_t e = 0; e < d; ++e) {
-                q.data()[e*KVMERGE_TILE + l] = scale*queries[first + l].q[e];
-            }
-        }
-    }
-};
-
 // the cells of a KV head
 struct attend_cells {
     int64_t n;
-    int64_t d;
 
     const kvmerge_cell * cell;  // [n]
     const kvmerge_cell * first; // [n] of the layer's first head, whose order counts for all
     kvmerge_keys_of_head keys;
 };
 
+// queries side by side, those beyond the last are zeros that see nothing
+struct attend_tile {
+    kvmerge_aligned_floats q; // [d][KVMERGE_TILE], scaled
+    int32_t order[KVMERGE_TILE];
+    int32_t n;
+
+    // where their importance is asked for
+    float * logits; // [n][KVMERGE_TILE], nullptr: what they give to modalities is asked for
+    float * score;  // [n] attention of all of them
+
+    // else
+    float * given;                            // [KVMERGE_TILE][n_modalities]
+    float   max[KVMERGE_TILE];                // of the blocks so far
+    float   sum[n_modalities][KVMERGE_TILE];  // of e^(logit less max)
+
+    attend_tile(const std::vector<attend_query> & queries, int32_t t, int64_t d, float scale, float * logits, float * score, float * given) :
+        q(d*KVMERGE_TILE), n(std::min<size_t>(KVMERGE_TILE, queries.size() - t*KVMERGE_TILE)), logits(logits), score(score), given(given), sum {} {
+        std::fill(order, order + KVMERGE_TILE, -1);
+        std::fill(max,   max   + KVMERGE_TILE, -std::numeric_limits<float>::infinity());
+
+        for (int32_t l = 0; l < n; ++l) {
+            const auto & query = queries[t*KVMERGE_TILE + l];
+
+            order[l] = query.order;
+
+            for (int64_t e = 0; e < d; ++e) {
+                q.data()[e*KVMERGE_TILE + l] = scale*query.q[e];
+            }
+        }
+    }
+};
+
 } // namespace
 
-// dst[i][l]: product of key first + i with query l of the tile
+// dst[i][l]: product of key i with query l of the tile
 template <typename vec_f>
-KVMERGE_INLINE void products(const float * tile, const attend_cells & cells, int64_t first, int64_t last, float * dst) {
+KVMERGE_INLINE void products(const float * tile, const float * keys, int64_t n, int64_t d, float * dst) {
     constexpr int N_VECS = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_ROWS = 12/N_VECS > 0 ? 12/N_VECS : 1; // their sums fill the registers
 
-    for (int64_t i = first; i < last; i += N_ROWS) {
+    for (int64_t i = 0; i < n; i += N_ROWS) {
         const float * row[N_ROWS];
+        vec_f sum[N_ROWS][N_VECS];
+
         for (int r = 0; r < N_ROWS; ++r) {
-            row[r] = cells.keys[std::min(i + r, last - 1)];
+            row[r] = keys + std::min(i + r, n - 1)*d;
+
+            for (int c = 0; c < N_VECS; ++c) {
+                sum[r][c] = vec_f {};
+            }
         }
 
-        vec_f sum[N_ROWS][N_VECS] = {};
-
-        for (int64_t e = 0; e < cells.d; ++e) {
+        for (int64_t e = 0; e < d; ++e) {
             vec_f x[N_VECS];
             memcpy(x, tile + e*KVMERGE_TILE, sizeof(x));
 
@@ -81,8 +96,8 @@ KVMERGE_INLINE void products(const float * tile, const attend_cells & cells, int
             }
         }
 
-        for (int r = 0; r < N_ROWS && i + r < last; ++r) {
-            memcpy(dst + (i + r - first)*KVMERGE_TILE, sum[r], sizeof(sum[r]));
+        for (int r = 0; r < N_ROWS && i + r < n; ++r) {
+            memcpy(dst + (i + r)*KVMERGE_TILE, sum[r], sizeof(sum[r]));
         }
     }
 }
@@ -101,13 +116,11 @@ KVMERGE_INLINE void make_finite(vec_f & max) {
     max = max == vec_f {} - std::numeric_limits<float>::infinity() ? vec_f {} : max;
 }
 
-// logits [n][KVMERGE_TILE] of the tile; the attention that its queries give, added to score [n]
+// the attention that the queries of the tile give, added to its score
 template <typename vec_f, typename vec_i>
-KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & cells, float * logits, float * score) {
+KVMERGE_INLINE void add_importance(const attend_tile & tile, const attend_cells & cells) {
     constexpr int N_VECS  = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_LANES = KVMERGE_TILE/N_VECS;
-
-    products<vec_f>(tile.q.data(), cells, 0, cells.n, logits);
 
     if (*std::max_element(tile.order, tile.order + KVMERGE_TILE) < 0) {
         return;
@@ -120,14 +133,14 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
         vec_f x;
         vec_f max = vec_f {} - std::numeric_limits<float>::infinity();
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
+            seen(tile.logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             kvmerge_max(max, x);
         }
         make_finite(max);
 
         vec_f sum = {};
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
+            seen(tile.logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             x -= max;
             kvmerge_exp(x);
             sum += x;
@@ -137,7 +150,7 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
         const vec_f part = sum > vec_f {} ? 1.0f/sum : vec_f {};
 
         for (int64_t i = 0; i < cells.n; ++i) {
-            seen(logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
+            seen(tile.logits + i*KVMERGE_TILE + c*N_LANES, cells.cell[i].bias, cells.first[i].order, last, x);
             x -= max;
             kvmerge_exp(x);
             x *= part;
@@ -145,15 +158,15 @@ KVMERGE_INLINE void attend_importance(attend_tile & tile, const attend_cells & c
             float lanes[N_LANES];
             memcpy(lanes, &x, sizeof(lanes));
             for (int l = 0; l < N_LANES; ++l) {
-                score[i] += lanes[l];
+                tile.score[i] += lanes[l];
             }
         }
     }
 }
 
-// given [KVMERGE_TILE][n_modalities]: what the queries of the tile give to each modality
+// what the queries of the tile give to the modalities of cells i0 to i1
 template <typename vec_f, typename vec_i>
-KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & cells, float * given) {
+KVMERGE_INLINE void add_modalities(attend_tile & tile, const attend_cells & cells, const float * keys, int64_t i0, int64_t i1) {
     constexpr int N_VECS  = KVMERGE_TILE*sizeof(float)/sizeof(vec_f);
     constexpr int N_LANES = KVMERGE_TILE/N_VECS;
 
@@ -161,87 +174,116 @@ KVMERGE_INLINE void attend_modalities(attend_tile & tile, const attend_cells & c
     const int32_t last_order  = *std::max_element(tile.order, tile.order + KVMERGE_TILE);
     const int32_t first_order = *std::min_element(tile.order, tile.order + tile.n);
 
+    const auto is_after = [&](int32_t order) { return [order](const auto & cell) { return cell.order > order; }; };
+
+    // most blocks lie in the future of all queries of a tile, or in the past of all
+    if (std::all_of(cells.first + i0, cells.first + i1, is_after(last_order))) {
+        return;
+    }
+
+    const bool all_see = std::none_of(cells.first + i0, cells.first + i1, is_after(first_order));
+
     alignas(64) float logits[N_BLOCK*KVMERGE_TILE];
 
-    vec_i last[N_VECS];
-    memcpy(last, tile.order, sizeof(last));
+    products<vec_f>(tile.q.data(), keys, i1 - i0, cells.keys.rows.d, logits);
 
-    vec_f max[N_VECS];
-    vec_f sum[n_modalities][N_VECS] = {};
-    for (int c = 0; c < N_VECS; ++c) {
-        max[c] = vec_f {} - std::numeric_limits<float>::infinity();
-    }
+    for (int l = 0; l < KVMERGE_TILE; l += N_LANES) {
+        vec_i last;
+        memcpy(&last, tile.order + l, sizeof(last));
 
-    for (int64_t i0 = 0; i0 < cells.n; i0 += N_BLOCK) {
-        const int64_t i1 = std::min(i0 + N_BLOCK, cells.n);
+        vec_f now;
+        memcpy(&now, tile.max + l, sizeof(now));
 
-        const auto is_after = [&](int32_t order) { return [order](const auto & cell) { return cell.order > order; }; };
+        vec_f shrink = now;
+        make_finite(shrink);
 
-        // most blocks lie in the future of all queries of a tile, or in the past of all
-        if (std::all_of(cells.first + i0, cells.first + i1, is_after(last_order))) {
-            continue;
+        vec_f x;
+        for (int64_t i = i0; i < i1; ++i) {
+            float * logit = logits + (i - i0)*KVMERGE_TILE + l;
+
+            if (all_see) {
+                memcpy(&x, logit, sizeof(x));
+                x += cells.cell[i].bias;
+            } else {
+                seen(logit, cells.cell[i].bias, cells.first[i].order, last, x);
+            }
+
+            memcpy(logit, &x, sizeof(x));
+            kvmerge_max(now, x);
         }
 
-        const bool all_see = std::none_of(cells.first + i0, cells.first + i1, is_after(first_order));
+        memcpy(tile.max + l, &now, sizeof(now));
+        make_finite(now);
 
-        products<vec_f>(tile.q.data(), cells, i0, i1, logits);
+        shrink -= now;
+        kvmerge_exp(shrink);
 
-        for (int c = 0; c < N_VECS; ++c) {
-            vec_f shrink = max[c];
-            make_finite(shrink);
-
-            vec_f x;
-            for (int64_t i = i0; i < i1; ++i) {
-                float * logit = logits + (i - i0)*KVMERGE_TILE + c*N_LANES;
-
-                if (all_see) {
-                    memcpy(&x, logit, sizeof(x));
-                    x += cells.cell[i].bias;
-                } else {
-                    seen(logit, cells.cell[i].bias, cells.first[i].order, last[c], x);
-                }
-
-                memcpy(logit, &x, sizeof(x));
-                kvmerge_max(max[c], x);
-            }
-
-            vec_f now = max[c];
-            make_finite(now);
-
-            shrink -= now;
-            kvmerge_exp(shrink);
-            for (int m = 0; m < n_modalities; ++m) {
-                sum[m][c] *= shrink;
-            }
-
-            for (int64_t i = i0; i < i1; ++i) {
-                memcpy(&x, logits + (i - i0)*KVMERGE_TILE + c*N_LANES, sizeof(x));
-                x -= now;
-                kvmerge_exp(x);
-                sum[cells.cell[i].modality][c] += x;
-            }
-        }
-    }
-
-    float lanes[n_modalities][KVMERGE_TILE];
-    memcpy(lanes, sum, sizeof(lanes));
-
-    for (int l = 0; l < KVMERGE_TILE; ++l) {
-        float all = 0;
+        vec_f sum[n_modalities];
         for (int m = 0; m < n_modalities; ++m) {
-            all += lanes[m][l];
+            memcpy(&sum[m], tile.sum[m] + l, sizeof(sum[m]));
+            sum[m] *= shrink;
         }
+
+        for (int64_t i = i0; i < i1; ++i) {
+            memcpy(&x, logits + (i - i0)*KVMERGE_TILE + l, sizeof(x));
+            x -= now;
+            kvmerge_exp(x);
+            sum[cells.cell[i].modality] += x;
+        }
+
         for (int m = 0; m < n_modalities; ++m) {
-            given[l*n_modalities + m] = all > 0 ? lanes[m][l]/all : 0;
+            memcpy(tile.sum[m] + l, &sum[m], sizeof(sum[m]));
         }
     }
 }
 
-KVMERGE_FOR_EACH_WIDTH(compute_importance, attend_importance,
-        (attend_tile & tile, const attend_cells & cells, float * logits, float * score), (tile, cells, logits, score))
+static void finish_modalities(const attend_tile & tile) {
+    for (int l = 0; l < KVMERGE_TILE; ++l) {
+        float all = 0;
+        for (int m = 0; m < n_modalities; ++m) {
+            all += tile.sum[m][l];
+        }
+        for (int m = 0; m < n_modalities; ++m) {
+            tile.given[l*n_modalities + m] = all > 0 ? tile.sum[m][l]/all : 0;
+        }
+    }
+}
 
-KVMERGE_FOR_EACH_WIDTH(compute_modalities, attend_modalities,
-        (attend_tile & tile, const attend_cells & cells, float * given), (tile, cells, given))
+template <typename vec_f, typename vec_i>
+KVMERGE_INLINE void attend_tiles(std::vector<attend_tile> & tiles, const attend_cells & cells) {
+    constexpr int64_t N_AHEAD = 16;
+
+    const int64_t d = cells.keys.rows.d;
+
+    std::vector<float> keys(N_BLOCK*d);
+
+    for (int64_t i0 = 0; i0 < cells.n; i0 += N_BLOCK) {
+        const int64_t i1 = std::min(i0 + N_BLOCK, cells.n);
+
+        for (int64_t i = i0; i < i1; ++i) {
+            kvmerge_prefetch_row(cells.keys.rows, cells.keys.row(std::min(i + N_AHEAD, cells.n - 1)));
+            kvmerge_read_row(cells.keys.rows, cells.keys.row(i), keys.data() + (i - i0)*d);
+        }
+
+        for (auto & tile : tiles) {
+            if (tile.logits) {
+                products<vec_f>(tile.q.data(), keys.data(), i1 - i0, d, tile.logits + i0*KVMERGE_TILE);
+            } else {
+                add_modalities<vec_f, vec_i>(tile, cells, keys.data(), i0, i1);
+            }
+        }
+    }
+
+    for (auto & tile : tiles) {
+        if (tile.logits) {
+            add_importance<vec_f, vec_i>(tile, cells);
+        } else {
+            finish_modalities(tile);
+        }
+    }
+}
+
+KVMERGE_FOR_EACH_WIDTH(compute_tiles, attend_tiles, (std::vector<attend_tile> & tiles, const attend_cells & cells), (tiles, cells))
 
 bool kvmerge_can_attend(const kvmerge_engine & engine, const kvmerge_layer & layer) {
 #if defined(KVMERGE_VECTORS)
@@ -287,7 +329,6 @@ bool kvmerge_attend(
         std::vector<kvmerge_plan>   & plans,
         std::vector<double>         & given) {
     const int64_t n = cells.size();
-    const int64_t d = layer.n_embd_head_k;
 
     struct attend_head {
         std::vector<attend_query> important; // window, then text
@@ -297,71 +338,68 @@ bool kvmerge_attend(
         std::vector<std::vector<float>> given;  // of each tile of the crossing
     };
 
-    // as many KV heads at a time as the scratch allows
-    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/(n*d)));
+    std::vector<attend_head> heads(layer.n_head_kv);
 
-    for (int32_t h0 = 0; h0 < layer.n_head_kv; h0 += step) {
-        std::vector<attend_head> heads(std::min(step, layer.n_head_kv - h0));
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        auto & head = heads[h];
+        auto & plan = plans[h];
 
-        for (size_t i = 0; i < heads.size(); ++i) {
-            const int32_t h = h0 + i;
+        head.important = make_queries(engine, layer, h, window);
+        head.crossing  = make_queries(engine, layer, h, flow);
 
-            auto & head = heads[i];
-            auto & plan = plans[h];
+        plan.n_proxies = head.important.size();
 
-            head.important = make_queries(engine, layer, h, window);
-            head.crossing  = make_queries(engine, layer, h, flow);
-
-            plan.n_proxies = head.important.size();
-
-            for (auto query : make_queries(engine, layer, h, text)) {
-                query.order = -1; // for its logits only
-                head.important.push_back(query);
-            }
-
-            plan.add_queries(head.important.size());
-
-            head.scores.assign(count_tiles(head.important), std::vector<float>(n));
-            head.given .assign(count_tiles(head.crossing),  std::vector<float>(KVMERGE_TILE*n_modalities));
+        for (auto query : make_queries(engine, layer, h, text)) {
+            query.order = -1; // for its logits only
+            head.important.push_back(query);
         }
 
-        const int32_t n_important = heads[0].scores.size();
-        const int32_t n_tiles     = heads[0].given .size() + n_important;
+        plan.add_queries(head.important.size());
 
-        const auto compute = [&](int i, const float * keys) {
-            const int32_t t = i % n_tiles;
+        head.scores.assign(count_tiles(head.important), std::vector<float>(n));
+        head.given .assign(count_tiles(head.crossing),  std::vector<float>(KVMERGE_TILE*n_modalities));
+    }
 
-            auto & head = heads[i/n_tiles];
-            auto & plan = plans[h0 + i/n_tiles];
+    const int32_t n_important = heads[0].scores.size();
+    const int32_t n_tiles     = heads[0].given .size() + n_important;
+    const int32_t n_parts     = (n_tiles + N_TILES - 1)/N_TILES; // of a head
 
-            const attend_cells of_head = { n, d, plan.cells.data(), plans[0].cells.data(), { keys, i/n_tiles, (int32_t) heads.size(), d } };
+    const auto compute = [&](int i) {
+        const int32_t h = i/n_parts;
 
+        auto & head = heads[h];
+        auto & plan = plans[h];
+
+        std::vector<attend_tile> tiles;
+        tiles.reserve(N_TILES);
+
+        for (int32_t t = i % n_parts*N_TILES; t < std::min(n_tiles, (i % n_parts + 1)*N_TILES); ++t) {
             if (t < n_important) {
-                attend_tile tile(head.important, t*KVMERGE_TILE, d, layer.kq_scale);
-                compute_importance(tile, of_head, plan.tile(t), head.scores[t].data());
+                tiles.emplace_back(head.important, t, layer.n_embd_head_k, layer.kq_scale, plan.tile(t), head.scores[t].data(), nullptr);
             } else {
-                attend_tile tile(head.crossing, (t - n_important)*KVMERGE_TILE, d, layer.kq_scale);
-                compute_modalities(tile, of_head, head.given[t - n_important].data());
+                tiles.emplace_back(head.crossing, t - n_important, layer.n_embd_head_k, layer.kq_scale, nullptr, nullptr, head.given[t - n_important].data());
             }
-        };
-
-        if (!kvmerge_parallel(graph, kvmerge_build_keys_of_heads(graph, layer, h0, heads.size(), cells), heads.size()*n_tiles, compute)) {
-            return false;
         }
 
-        for (size_t i = 0; i < heads.size(); ++i) {
-            const auto & head  = heads[i];
-            auto       & score = plans[h0 + i].score;
+        compute_tiles(tiles, { n, plan.cells.data(), plans[0].cells.data(), { layer, cells, h } });
+    };
 
-            score.assign(n, 0.0f);
-            for (const auto & part : head.scores) {
-                std::transform(score.begin(), score.end(), part.begin(), score.begin(), std::plus<float>());
-            }
+    if (!kvmerge_parallel(graph, layer.n_head_kv*n_parts, compute)) {
+        return false;
+    }
 
-            for (size_t q = 0; q < head.crossing.size(); ++q) {
-                for (int m = 0; m < n_modalities; ++m) {
-                    given[q % flow.size()*n_modalities + m] += head.given[q/KVMERGE_TILE][q % KVMERGE_TILE*n_modalities + m];
-                }
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        const auto & head  = heads[h];
+        auto       & score = plans[h].score;
+
+        score.assign(n, 0.0f);
+        for (const auto & part : head.scores) {
+            std::transform(score.begin(), score.end(), part.begin(), score.begin(), std::plus<float>());
+        }
+
+        for (size_t q = 0; q < head.crossing.size(); ++q) {
+            for (int m = 0; m < n_modalities; ++m) {
+                given[q % flow.size()*n_modalities + m] += head.given[q/KVMERGE_TILE][q % KVMERGE_TILE*n_modalities + m];
             }
         }
     }

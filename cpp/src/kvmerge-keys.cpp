@@ -32,27 +32,6 @@ ggml_tensor * kvmerge_build_keys(
     return kvmerge_build_key_rows(graph, layer, rows);
 }
 
-ggml_tensor * kvmerge_build_keys_of_heads(
-              kvmerge_graph         & graph,
-        const kvmerge_layer         & layer,
-              int32_t                 head,
-              int32_t                 n_heads,
-        const std::vector<uint32_t> & cells) {
-    constexpr size_t N_BLOCK = kvmerge_keys_of_head::N_BLOCK;
-
-    std::vector<int32_t> rows;
-    rows.reserve((cells.size() + N_BLOCK)*n_heads);
-    for (size_t i0 = 0; i0 < cells.size(); i0 += N_BLOCK) {
-        for (int32_t h = head; h < head + n_heads; ++h) {
-            for (size_t i = i0; i < i0 + N_BLOCK; ++i) {
-                rows.push_back(kvmerge_key_row(layer, cells[std::min(i, cells.size() - 1)], h));
-            }
-        }
-    }
-
-    return kvmerge_build_key_rows(graph, layer, rows);
-}
-
 void kvmerge_build_similarity(
               kvmerge_graph         & graph,
         const kvmerge_layer         & layer,

@@ -3,6 +3,7 @@
 // keys of chosen cells, and how similar they are.
 
 #include "kvmerge-engine.h"
+#include "kvmerge-rows.h"
 
 #include <functional>
 
@@ -19,29 +20,18 @@ ggml_tensor * kvmerge_build_keys(
         const std::vector<uint32_t> & cells,
         const std::vector<int32_t>  & index);
 
-// keys of n_heads KV heads from `head` on, F32, in any order of the cells; to be read with kvmerge_keys_of_head
-ggml_tensor * kvmerge_build_keys_of_heads(
-              kvmerge_graph         & graph,
-        const kvmerge_layer         & layer,
-              int32_t                 head,
-              int32_t                 n_heads,
-        const std::vector<uint32_t> & cells);
+// keys of one KV head in the memory of the host, where kvmerge_read_row() finds them
+struct kvmerge_keys_of_head {
+    kvmerge_rows                  rows;
+    const std::vector<uint32_t> & cells;
+    int32_t                       n_heads;
+    int32_t                       head;
 
-// They lie as [n/N_BLOCK, rounded up][n_heads][N_BLOCK][d]: for every block the heads follow each other, as in the cache, so
-// that what is read is near to what was read before.
-class kvmerge_keys_of_head {
-public:
-    static constexpr int64_t N_BLOCK = 16;
+    kvmerge_keys_of_head(const kvmerge_layer & layer, const std::vector<uint32_t> & cells, int32_t head) :
+        rows(layer.k, layer.n_embd_head_k), cells(cells), n_heads(layer.n_head_kv), head(head) {}
 
-    kvmerge_keys_of_head(const float * keys, int32_t head, int32_t n_heads, int64_t d) :
-        first(keys + head*N_BLOCK*d), block(n_heads*N_BLOCK*d), d(d) {}
-
-    const float * operator[](int64_t i) const { return first + i/N_BLOCK*block + i%N_BLOCK*d; }
-
-private:
-    const float * first;
-    int64_t       block;
-    int64_t       d;
+    // of the i-th of the cells
+    int64_t row(int32_t i) const { return (int64_t) cells[i]*n_heads + head; }
 };
 
 // cosines of the keys a[i] and b[i], handed to `read` when the graph runs

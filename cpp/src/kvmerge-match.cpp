@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <map>
 
-// scratch of one piece of the graph: for the products, or for the keys where products are not stored
+// scratch for the products of one piece of the graph
 static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;
 
 // tokens that one thread matches at a time
-static constexpr size_t MAX_EVICTED = 4096;
+static constexpr size_t MAX_EVICTED = 1024;
 
 // evicted cells and the pivots open to them, as indices into the plan
 struct match_group {
@@ -65,50 +65,38 @@ static void fold_into(kvmerge_plan & plan, const int32_t * evicted, const int32_
 // on the CPU, without storing products
 static bool match_fused(
         kvmerge_graph & graph, const kvmerge_layer & layer, int32_t match, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) {
-    const int64_t d    = layer.n_embd_head_k;
-    const int64_t n    = cells.size();
-    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/(n*d)));
-
     struct match_job {
         int32_t             head;
         const match_group * group;
         size_t              first; // of group->evicted
     };
 
-    for (int32_t h0 = 0; h0 < layer.n_head_kv; h0 += step) {
-        const int32_t n_heads = std::min(step, layer.n_head_kv - h0);
+    std::vector<std::vector<match_group>> groups;
+    std::vector<match_job>                jobs;
 
-        std::vector<std::vector<match_group>> groups(n_heads);
-        std::vector<match_job>                jobs;
+    for (const auto & plan : plans) {
+        groups.push_back(make_groups(plan, match));
+    }
 
-        for (int32_t h = h0; h < h0 + n_heads; ++h) {
-            groups[h - h0] = make_groups(plans[h], match);
-
-            for (const auto & group : groups[h - h0]) {
-                for (size_t first = 0; first < group.evicted.size(); first += MAX_EVICTED) {
-                    jobs.push_back({ h, &group, first });
-                }
+    for (int32_t h = 0; h < layer.n_head_kv; ++h) {
+        for (const auto & group : groups[h]) {
+            for (size_t first = 0; first < group.evicted.size(); first += MAX_EVICTED) {
+                jobs.push_back({ h, &group, first });
             }
-        }
-
-        const auto compute = [&](int i, const float * keys) {
-            const auto & job = jobs[i];
-
-            const int32_t * evicted   = job.group->evicted.data() + job.first;
-            const size_t    n_evicted = std::min(MAX_EVICTED, job.group->evicted.size() - job.first);
-
-            std::vector<int32_t> nearest(n_evicted);
-            kvmerge_nearest({ keys, job.head - h0, n_heads, d }, d, job.group->pivots, evicted, n_evicted, nearest.data());
-
-            fold_into(plans[job.head], evicted, nearest.data(), n_evicted);
-        };
-
-        if (!jobs.empty() && !kvmerge_parallel(graph, kvmerge_build_keys_of_heads(graph, layer, h0, n_heads, cells), jobs.size(), compute)) {
-            return false;
         }
     }
 
-    return true;
+    return kvmerge_parallel(graph, jobs.size(), [&](int i) {
+        const auto & job = jobs[i];
+
+        const int32_t * evicted   = job.group->evicted.data() + job.first;
+        const size_t    n_evicted = std::min(MAX_EVICTED, job.group->evicted.size() - job.first);
+
+        std::vector<int32_t> nearest(n_evicted);
+        kvmerge_nearest({ layer, cells, job.head }, job.group->pivots, evicted, n_evicted, nearest.data());
+
+        fold_into(plans[job.head], evicted, nearest.data(), n_evicted);
+    });
 }
 
 static bool match_in_graph(

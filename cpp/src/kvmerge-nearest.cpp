@@ -9,50 +9,67 @@
 // another pivot: its products add up in place, and so does its maximum. N_ROWS keys share the loads of a tile; their
 // products with it are what fills the registers.
 template <typename vec_f, typename vec_i>
-KVMERGE_INLINE void find_nearest(const kvmerge_keys_of_head & keys, int64_t d, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest) {
+KVMERGE_INLINE void find_nearest(const kvmerge_keys_of_head & keys, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest) {
     constexpr int N_ROWS = sizeof(vec_f) == 64 ? 8 : 6;
     constexpr int N_VECS = sizeof(vec_f) == 64 ? 3 : 2;
 
     constexpr int64_t N_LANES = sizeof(vec_f)/sizeof(float);
     constexpr int64_t N_TILE  = N_LANES*N_VECS;
 
+    const int64_t d        = keys.rows.d;
     const int64_t n_pivots = pivots.size();
     const int64_t n_tiles  = (n_pivots + N_TILE - 1)/N_TILE;
 
-    // the last tile is filled up with the last pivot
     kvmerge_aligned_floats tiles(n_tiles*N_TILE*d);
     float * tile = tiles.data();
 
-    for (int64_t t = 0; t < n_tiles; ++t) {
-        const float * src  [N_TILE];
-        float         scale[N_TILE];
+    std::vector<float> rows(N_ROWS*d);
+    float * row = rows.data();
 
-        for (int64_t j = 0; j < N_TILE; ++j) {
-            src[j] = keys[pivots[std::min(t*N_TILE + j, n_pivots - 1)]];
-
-            double sum = 0;
-            for (int64_t e = 0; e < d; ++e) {
-                sum += src[j][e]*src[j][e];
-            }
-
-            // the norm of the evicted key does not change which pivot is nearest
-            scale[j] = 1.0/std::max(std::sqrt(sum), 1e-12);
+    for (int64_t p = 0; p < n_tiles*N_TILE; ++p) {
+        // the last tile is filled up with the last pivot
+        if (p < n_pivots) {
+            kvmerge_prefetch_row(keys.rows, keys.row(pivots[std::min(p + N_TILE, n_pivots - 1)]));
+            kvmerge_read_row(keys.rows, keys.row(pivots[p]), row);
         }
 
         for (int64_t e = 0; e < d; ++e) {
-            for (int64_t j = 0; j < N_TILE; ++j) {
-                tile[(t*d + e)*N_TILE + j] = scale[j]*src[j][e];
+            tile[(p/N_TILE*d + e)*N_TILE + p % N_TILE] = row[e];
+        }
+    }
+
+    // pivots become unit vectors; the norm of the evicted key does not change which of them is nearest
+    for (int64_t t = 0; t < n_tiles; ++t) {
+        vec_f * x = reinterpret_cast<vec_f *>(tile + t*N_TILE*d);
+
+        for (int c = 0; c < N_VECS; ++c) {
+            vec_f sum = {};
+            for (int64_t e = 0; e < d; ++e) {
+                sum += x[e*N_VECS + c]*x[e*N_VECS + c];
+            }
+
+            float lanes[N_LANES];
+            memcpy(lanes, &sum, sizeof(sum));
+            for (float & lane : lanes) {
+                lane = 1.0f/std::max(std::sqrt(lane), 1e-12f);
+            }
+
+            vec_f scale;
+            memcpy(&scale, lanes, sizeof(scale));
+            for (int64_t e = 0; e < d; ++e) {
+                x[e*N_VECS + c] *= scale;
             }
         }
     }
 
     for (int64_t i = 0; i < n; i += N_ROWS) {
-        const float * row[N_ROWS];
         vec_f best [N_ROWS];
         vec_i where[N_ROWS];
 
         for (int r = 0; r < N_ROWS; ++r) {
-            row  [r] = keys[evicted[std::min(i + r, n - 1)]];
+            kvmerge_prefetch_row(keys.rows, keys.row(evicted[std::min(i + r + N_ROWS, n - 1)]));
+            kvmerge_read_row(keys.rows, keys.row(evicted[std::min(i + r, n - 1)]), row + r*d);
+
             best [r] = vec_f {} - INFINITY;
             where[r] = vec_i {};
         }
@@ -65,7 +82,7 @@ KVMERGE_INLINE void find_nearest(const kvmerge_keys_of_head & keys, int64_t d, c
             for (int64_t e = 0; e < d; ++e) {
                 for (int r = 0; r < N_ROWS; ++r) {
                     for (int c = 0; c < N_VECS; ++c) {
-                        sum[r][c] += row[r][e]*x[e*N_VECS + c];
+                        sum[r][c] += row[r*d + e]*x[e*N_VECS + c];
                     }
                 }
             }
@@ -105,9 +122,9 @@ KVMERGE_INLINE void find_nearest(const kvmerge_keys_of_head & keys, int64_t d, c
 }
 
 KVMERGE_FOR_EACH_WIDTH(nearest_of, find_nearest,
-        (const kvmerge_keys_of_head & keys, int64_t d, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest),
-        (keys, d, pivots, evicted, n, nearest))
+        (const kvmerge_keys_of_head & keys, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest),
+        (keys, pivots, evicted, n, nearest))
 
-void kvmerge_nearest(const kvmerge_keys_of_head & keys, int64_t d, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest) {
-    nearest_of(keys, d, pivots, evicted, n, nearest);
+void kvmerge_nearest(const kvmerge_keys_of_head & keys, const std::vector<int32_t> & pivots, const int32_t * evicted, int64_t n, int32_t * nearest) {
+    nearest_of(keys, pivots, evicted, n, nearest);
 }

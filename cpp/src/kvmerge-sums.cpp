@@ -1,5 +1,7 @@
 #include "kvmerge-sums.h"
 
+#include "kvmerge-rows.h"
+
 #include <algorithm>
 #include <numeric>
 
@@ -100,42 +102,57 @@ static std::vector<kvmerge_sum> build_tree(kvmerge_graph & graph, ggml_tensor * 
 // groups, on the CPU: one operation
 //
 
-static void compute_sums(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
-    const int64_t d        = dst->ne[0];
-    const int64_t n_groups = dst->ne[1];
+// sum [n_groups][d]: group g is of rows first[g] to first[g + 1]
+template <typename /*vec_f*/, typename /*vec_i*/>
+KVMERGE_INLINE void add_rows(const kvmerge_rows & rows, const int32_t * row, const float * weight, const int32_t * first, int64_t n_groups, float * sum) {
+    std::vector<float> x(rows.d);
 
-    const float   * x      = static_cast<const float   *>(dst->src[0]->data);
-    const float   * weight = static_cast<const float   *>(dst->src[1]->data);
-    const int32_t * first  = static_cast<const int32_t *>(dst->src[2]->data);
-
-    for (int64_t g = n_groups*ith/nth; g < n_groups*(ith + 1)/nth; ++g) {
-        float * sum = static_cast<float *>(dst->data) + g*d;
-
-        std::fill(sum, sum + d, 0.0f);
+    for (int64_t g = 0; g < n_groups; ++g, sum += rows.d) {
+        std::fill(sum, sum + rows.d, 0.0f);
 
         for (int32_t j = first[g]; j < first[g + 1]; ++j) {
-            for (int64_t e = 0; e < d; ++e) {
-                sum[e] += weight[j]*x[j*d + e];
+            kvmerge_prefetch_row(rows, row[std::min(j + 16, first[n_groups] - 1)]);
+            kvmerge_read_row(rows, row[j], x.data());
+
+            for (int64_t e = 0; e < rows.d; ++e) {
+                sum[e] += weight[j]*x[e];
             }
         }
     }
 }
 
-static std::vector<kvmerge_sum> build_fused(kvmerge_graph & graph, ggml_tensor * x, const kvmerge_groups_of_rows & rows) {
-    ggml_context * ctx = graph.ctx();
+KVMERGE_FOR_EACH_WIDTH(sum_groups, add_rows,
+        (const kvmerge_rows & rows, const int32_t * row, const float * weight, const int32_t * first, int64_t n_groups, float * sum),
+        (rows, row, weight, first, n_groups, sum))
 
+static void compute_sums(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
+    const int64_t d        = dst->ne[0];
+    const int64_t n_groups = dst->ne[1];
+
+    const int32_t * row    = static_cast<const int32_t *>(dst->src[1]->data);
+    const float   * weight = static_cast<const float   *>(dst->src[2]->data);
+    const int32_t * first  = static_cast<const int32_t *>(dst->src[3]->data);
+
+    const int64_t g0 = n_groups*ith/nth;
+    const int64_t g1 = n_groups*(ith + 1)/nth;
+
+    sum_groups({ dst->src[0], d }, row, weight, first + g0, g1 - g0, static_cast<float *>(dst->data) + g0*d);
+}
+
+static std::vector<kvmerge_sum> build_fused(kvmerge_graph & graph, ggml_tensor * x, const kvmerge_groups_of_rows & rows) {
     const int64_t n_rows   = rows.row.size();
     const int64_t n_groups = rows.first.size() - 1;
 
     ggml_tensor * args[] = {
-        ggml_get_rows(ctx, x, graph.input(GGML_TYPE_I32, { n_rows }, rows.row.data())),  // F32 [d, n_rows]
+        x,
+        graph.input(GGML_TYPE_I32, { n_rows       }, rows.row   .data()),
         graph.input(GGML_TYPE_F32, { n_rows       }, rows.weight.data()),
         graph.input(GGML_TYPE_I32, { n_groups + 1 }, rows.first .data()),
     };
 
     kvmerge_sum res;
 
-    res.sum = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], n_groups, 1, 1, args, 3, compute_sums, GGML_N_TASKS_MAX, nullptr);
+    res.sum = ggml_custom_4d(graph.ctx(), GGML_TYPE_F32, x->ne[0], n_groups, 1, 1, args, 4, compute_sums, GGML_N_TASKS_MAX, nullptr);
     res.group.resize(n_groups);
     std::iota(res.group.begin(), res.group.end(), 0);
 
