@@ -256,8 +256,8 @@ with Session(model, **options) as session, Session(model, **options) as large:
     session.engine.merge(150)
     session.decode(words(200, 2))
     own, expected = session.save(), session.decode([7], position=session.position)
-    untouched = lost = 0
-    for extra in range(0, 20000, 250):
+    untouched, lost, kept = 0, 0, session.engine.n_cells()
+    for extra in [*range(0, 4000, 50), *range(4000, 20000, 400)]:
         used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         resource.setrlimit(resource.RLIMIT_AS, ((used + extra) * 1024, resource.RLIM_INFINITY))
         restored = llama_cpp.llama_state_seq_set_data(session.context, data, len(state), 0) > 0
@@ -266,6 +266,7 @@ with Session(model, **options) as session, Session(model, **options) as large:
             break
         if session.engine.n_cells():
             untouched += 1
+            assert session.engine.n_cells() == kept
             assert session.remove(session.position, -1)
         else:
             # there was memory for the cells, and then none to read them

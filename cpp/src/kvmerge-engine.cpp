@@ -236,7 +236,7 @@ static bool alloc_beside_keys(
         auto & ctx = ctxs[ggml_backend_buffer_get_type(layers[l].k->buffer)];
 
         if (!ctx) {
-            ctx.reset(ggml_init({ /*.mem_size =*/ 2*layers.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+            ctx = kvmerge_make_context(2*layers.size());
         }
 
         make(ctx.get(), l);

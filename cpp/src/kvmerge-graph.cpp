@@ -6,14 +6,26 @@
 
 #include <algorithm>
 
-kvmerge_graph::kvmerge_graph(llama_context * lctx) : lctx(lctx), max_nodes(lctx->graph_max_nodes(1)) {
+ggml_context_ptr kvmerge_make_context(size_t n_tensors) {
+    const size_t size = n_tensors*ggml_tensor_overhead();
+
+    // what was given back a moment ago is there for ggml, which asks for a little more than the tensors
+    ::operator delete(::operator new(size + 1024));
+
+    return ggml_context_ptr(ggml_init({ /*.mem_size =*/ size, /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+}
+
+kvmerge_graph::kvmerge_graph(llama_context * lctx) :
+    lctx(lctx),
+    max_nodes(lctx->graph_max_nodes(1)),
+    memory(ggml_tensor_overhead()*2*max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
     reset();
 }
 
 void kvmerge_graph::reset() {
     ggml_init_params params = {
-        /*.mem_size   =*/ ggml_tensor_overhead()*2*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
-        /*.mem_buffer =*/ nullptr,
+        /*.mem_size   =*/ memory.size(),
+        /*.mem_buffer =*/ memory.data(),
         /*.no_alloc   =*/ true,
     };
 

@@ -11,6 +11,9 @@
 
 struct llama_context;
 
+// A context of n_tensors tensors without data. Throws std::bad_alloc where ggml_init() would end the process.
+ggml_context_ptr kvmerge_make_context(size_t n_tensors);
+
 class kvmerge_graph {
 public:
     explicit kvmerge_graph(llama_context * lctx);
@@ -42,6 +45,8 @@ private:
 
     llama_context * lctx;
     int             max_nodes;
+
+    std::vector<uint8_t> memory; // of ctx_
 
     ggml_context_ptr ctx_;
     ggml_cgraph *    gf = nullptr;

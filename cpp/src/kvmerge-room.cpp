@@ -135,17 +135,16 @@ static size_t n_bytes_staged(const ggml_tensor * t, bool trans, uint32_t n_rows_
     return trans ? n_old + n_new : std::min(n_old, n_new);
 }
 
-static void copy_cells(const ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move, std::vector<uint8_t> & staging) {
+// ctx has room for two views
+static void copy_cells(ggml_context * ctx, ggml_tensor * old, ggml_tensor * dst, bool trans, const cell_move & move, std::vector<uint8_t> & staging) {
     if (move.n == 0) {
         return;
     }
 
     if (!trans && old->data != dst->data) {
         // the cells lie one after the other
-        ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
-
-        ggml_tensor * from = ggml_view_2d(ctx.get(), const_cast<ggml_tensor *>(old), old->ne[0], move.n, old->nb[1], move.from*old->nb[1]);
-        ggml_tensor * to   = ggml_view_2d(ctx.get(), dst,                            dst->ne[0], move.n, dst->nb[1], move.to  *dst->nb[1]);
+        ggml_tensor * from = ggml_view_2d(ctx, old, old->ne[0], move.n, old->nb[1], move.from*old->nb[1]);
+        ggml_tensor * to   = ggml_view_2d(ctx, dst, dst->ne[0], move.n, dst->nb[1], move.to  *dst->nb[1]);
 
         ggml_backend_view_init(from);
         ggml_backend_view_init(to);
@@ -196,31 +195,44 @@ static void keep_used(const ggml_tensor * t, bool trans, uint32_t n_used, kvmerg
     pages.keep(ggml_nbytes(t));
 }
 
-// Replaces K or V of a layer by a tensor of n_rows cells, in a buffer that `owner` gets. Fails only where it grows, or where
+namespace {
+
+// K or V of a layer in another size. It is made before anything changes: what is small may find no memory either.
+struct sized_tensor {
+    ggml_context_ptr        ctx;
+    ggml_tensor *           t;
+    ggml_backend_buffer_ptr buf; // where there are pages; else it is made when the tensor is put in its place
+
+    sized_tensor(const ggml_tensor * like, uint32_t n_rows, const kvmerge_pages & pages) :
+        ctx(kvmerge_make_context(3)), // with the views of a copy
+        t(ggml_new_tensor_3d(ctx.get(), like->type, like->ne[0], n_rows, 1)) {
+        ggml_set_name(t, like->name);
+
+        if (pages.data()) {
+            buf.reset(ggml_backend_cpu_buffer_from_ptr(pages.data(), ggml_nbytes(t)));
+            ggml_backend_tensor_alloc(buf.get(), t, pages.data());
+        }
+    }
+};
+
+} // namespace
+
+// Puts `next` in the place of t, K or V of a layer, and its buffer into `owner`. Fails only where the tensor grows, or where
 // the buffer that was there is not its own.
-static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const cell_move & move, kvmerge_pages & pages,
+static bool replace_tensor(ggml_tensor *& t, sized_tensor & next, bool trans, const cell_move & move, kvmerge_pages & pages,
         std::pair<ggml_context_ptr, ggml_backend_buffer_ptr> & owner, std::vector<uint8_t> & staging) {
-    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 2*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+    ggml_tensor * res = next.t;
 
-    ggml_tensor * res = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], n_rows, 1);
+    if (!next.buf) {
+        next.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(next.ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
 
-    ggml_set_name(res, t->name);
-
-    ggml_backend_buffer_ptr buf;
-
-    if (pages.data()) {
-        buf.reset(ggml_backend_cpu_buffer_from_ptr(pages.data(), ggml_nbytes(res)));
-        ggml_backend_tensor_alloc(buf.get(), res, pages.data());
-    } else {
-        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
-
-        if (buf) {
-            ggml_backend_buffer_clear(buf.get(), 0); // no NaN in cells that were never used
-        } else if (owner.second && n_rows <= t->ne[1]) {
+        if (next.buf) {
+            ggml_backend_buffer_clear(next.buf.get(), 0); // no NaN in cells that were never used
+        } else if (owner.second && res->ne[1] <= t->ne[1]) {
             LLAMA_LOG_WARN("%s: no memory for a smaller buffer: %s stays in the one that it has\n", __func__, t->name);
 
-            buf = std::move(owner.second);
-            ggml_backend_tensor_alloc(buf.get(), res, t->data);
+            next.buf = std::move(owner.second);
+            ggml_backend_tensor_alloc(next.buf.get(), res, t->data);
         } else {
             return false;
         }
@@ -229,7 +241,7 @@ static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const c
     if (pages.data() && t->data == res->data) {
         move_cells(t, res, trans, move);
     } else {
-        copy_cells(t, res, trans, move, staging);
+        copy_cells(next.ctx.get(), t, res, trans, move, staging);
     }
 
     if (pages.data()) {
@@ -237,7 +249,7 @@ static bool resize_tensor(ggml_tensor *& t, bool trans, uint32_t n_rows, const c
     }
 
     t     = res;
-    owner = { std::move(ctx), std::move(buf) };
+    owner = { std::move(next.ctx), std::move(next.buf) };
 
     return true;
 }
@@ -301,82 +313,86 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
     biases         bias;
     llama_kv_cells table_new;
 
-    if (!make_bias(n_cells, first, bias)) {
-        LLAMA_LOG_ERROR("%s: no memory for the bias of %u cells\n", __func__, n_cells);
-        return false;
-    }
-
-    if (n_cells != n_before) {
-        GGML_ASSERT(!table.get_has_shift());
-
-        table_new.resize(n_cells);
-        table_new.set(0, table.cp(0, n_used));
-    }
-
-    tokens   .reserve(n_cells);
-    is_merged.reserve(n_cells);
-
     // From the first time on every tensor has a buffer of its own: in pages that grow, or replaced one by one, so that never
     // more than one is there twice.
     const size_t n_tensors = 2*cache.layers.size();
 
-    std::vector<uint8_t> staging;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first;
+    std::vector<sized_tensor> next;
+    std::vector<sized_tensor> back; // to what there was
+    std::vector<uint8_t>      staging;
+
+    auto layers_before = cache.layers;
 
     try {
-        for (size_t i = 0; i < n_tensors; ++i) {
-            const bool is_in_place = has_own_bufs && pages[i].data();
+        if (!make_bias(n_cells, first, bias)) {
+            throw std::bad_alloc();
+        }
 
-            staging.reserve(is_in_place ? 0 : n_bytes_staged(cache_tensor(i), is_trans(i), n_cells - first[i/2]));
+        if (n_cells != n_before) {
+            GGML_ASSERT(!table.get_has_shift());
+
+            table_new.resize(n_cells);
+            table_new.set(0, table.cp(0, n_used));
+        }
+
+        tokens   .reserve(n_cells);
+        is_merged.reserve(n_cells);
+
+        if (!has_own_bufs) {
+            bufs_first.resize(n_tensors);
+            pages.clear();
+            pages.resize(n_tensors);
+        }
+
+        for (size_t i = 0; i < n_tensors; ++i) {
+            const auto * t = cache_tensor(i);
+
+            staging.reserve(has_own_bufs && pages[i].data() ? 0 : n_bytes_staged(t, is_trans(i), n_cells - first[i/2]));
+
+            if (!has_own_bufs && kvmerge_is_host(t) && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
+                pages[i] = kvmerge_pages(ggml_row_size(t->type, t->ne[0])*lctx->get_cparams().n_ctx_seq);
+            }
+
+            next.emplace_back(t, n_cells  - first       [i/2], pages[i]);
+            back.emplace_back(t, n_before - first_before[i/2], pages[i]);
         }
     } catch (const std::bad_alloc &) {
-        LLAMA_LOG_ERROR("%s: no memory to move %u cells\n", __func__, n_used);
+        LLAMA_LOG_ERROR("%s: no memory to go from %u cells to %u\n", __func__, n_before, n_cells);
         return false;
     }
 
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs_first(has_own_bufs ? 0 : n_tensors);
-
     auto & bufs = has_own_bufs ? cache.ctxs_bufs : bufs_first;
 
-    const auto layers_before = cache.layers;
-
-    if (!has_own_bufs) {
-        pages.clear();
-        pages.resize(n_tensors);
-    }
-
-    const auto replace = [&](size_t i, uint32_t n, const std::vector<uint32_t> & before, const std::vector<uint32_t> & after) {
+    const auto replace = [&](size_t i, sized_tensor & tensor, const std::vector<uint32_t> & before, const std::vector<uint32_t> & after) {
         const size_t   l = i/2;
         const uint32_t c = std::max(before[l], after[l]); // the first cell that is in both
 
         const cell_move move = { c - before[l], c - after[l], n_used > c ? n_used - c : 0 };
 
-        return resize_tensor(cache_tensor(i), is_trans(i), n - after[l], move, pages[i], bufs[i], staging);
+        return replace_tensor(cache_tensor(i), tensor, is_trans(i), move, pages[i], bufs[i], staging);
     };
 
     for (size_t i = 0; i < n_tensors; ++i) {
-        const auto * t = cache_tensor(i);
-
-        if (!has_own_bufs && kvmerge_is_host(t) && ggml_backend_buffer_get_type(t->buffer) == ggml_backend_cpu_buffer_type()) {
-            pages[i] = kvmerge_pages(ggml_row_size(t->type, t->ne[0])*lctx->get_cparams().n_ctx_seq);
+        if (replace(i, next[i], first_before, first)) {
+            continue;
         }
 
-        if (!replace(i, n_cells, first_before, first)) {
-            LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells - first[i/2], cache.layers[i/2].il);
+        LLAMA_LOG_ERROR("%s: no memory for %u cells in layer %u\n", __func__, n_cells - first[i/2], cache.layers[i/2].il);
 
-            if (has_own_bufs) {
-                for (size_t j = 0; j < i; ++j) {
-                    const bool ok = replace(j, n_before, first, first_before);
-                    GGML_ASSERT(ok && "what grew fits where it lies when it shrinks again");
-                }
-            } else {
-                cache.layers = layers_before;
+        if (has_own_bufs) {
+            for (size_t j = 0; j < i; ++j) {
+                const bool ok = replace(j, back[j], first, first_before);
+                GGML_ASSERT(ok && "what grew fits where it lies when it shrinks again");
             }
-            attach_tensors();
-
-            version++; // graphs know the tensors that were there
-
-            return false;
+        } else {
+            cache.layers = std::move(layers_before);
         }
+        attach_tensors();
+
+        version++; // graphs know the tensors that were there
+
+        return false;
     }
 
     if (!has_own_bufs) {
