@@ -5,10 +5,6 @@
 #include <algorithm>
 #include <cmath>
 
-int32_t kvmerge_key_row(const kvmerge_layer & layer, uint32_t cell, int32_t head) {
-    return (int32_t) cell*layer.n_head_kv + head;
-}
-
 ggml_tensor * kvmerge_build_key_rows(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<int32_t> & rows) {
     ggml_context * ctx = graph.ctx();
 

@@ -10,7 +10,9 @@
 // keys by their rows in the cache: F32 [n_embd_head_k, n]
 ggml_tensor * kvmerge_build_key_rows(kvmerge_graph & graph, const kvmerge_layer & layer, const std::vector<int32_t> & rows);
 
-int32_t kvmerge_key_row(const kvmerge_layer & layer, uint32_t cell, int32_t head);
+inline int32_t kvmerge_key_row(const kvmerge_layer & layer, uint32_t cell, int32_t head) {
+    return (int32_t) cell*layer.n_head_kv + head;
+}
 
 // keys of one KV head at index[i] among the sequence's cells: F32 [n_embd_head_k, n]
 ggml_tensor * kvmerge_build_keys(
@@ -23,15 +25,15 @@ ggml_tensor * kvmerge_build_keys(
 // keys of one KV head in the memory of the host, where kvmerge_read_row() finds them
 struct kvmerge_keys_of_head {
     kvmerge_rows                  rows;
+    const kvmerge_layer         & layer;
     const std::vector<uint32_t> & cells;
-    int32_t                       n_heads;
     int32_t                       head;
 
     kvmerge_keys_of_head(const kvmerge_layer & layer, const std::vector<uint32_t> & cells, int32_t head) :
-        rows(layer.k, layer.n_embd_head_k), cells(cells), n_heads(layer.n_head_kv), head(head) {}
+        rows(layer.k, layer.n_embd_head_k), layer(layer), cells(cells), head(head) {}
 
     // of the i-th of the cells
-    int64_t row(int32_t i) const { return (int64_t) cells[i]*n_heads + head; }
+    int32_t row(int32_t i) const { return kvmerge_key_row(layer, cells[i], head); }
 };
 
 // cosines of the keys a[i] and b[i], handed to `read` when the graph runs
