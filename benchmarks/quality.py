@@ -1,6 +1,6 @@
 """Every figure of the quality section and of docs/quality.md, one run after the other.
 
-All of it takes about four hours on two cores; what was interrupted goes on where it stopped.
+All of it takes about five hours on two cores; what was interrupted goes on where it stopped.
 
     python benchmarks/quality.py --jobs 2 --update docs/quality.md --update README.md
 """
@@ -19,7 +19,7 @@ ABLATIONS = (
 )
 KNOWN = f"--pictures 12 --questions 200 --methods reference,preset,mosaic=*,{ABLATIONS}"
 UNKNOWN = "--pictures 12 --questions 200 --mode unknown --methods reference,preset"
-OTHERS = "--questions 25 --methods full,mosaic,mosaic/evict,flowmm"
+OTHERS = "--questions 200 --methods full,mosaic,mosaic/evict,flowmm"
 OTHER_PROMPTS = (f"--pictures 2,24 {OTHERS}", f"--pictures 12 --distractors 400 {OTHERS}")
 RUNS = (KNOWN, UNKNOWN, *OTHER_PROMPTS)
 """Options of ``kvmerge eval``; all write into one folder."""
