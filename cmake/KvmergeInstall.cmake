@@ -1,4 +1,5 @@
-# Collects every shared library that llama.cpp built, and installs them where the package looks.
+# Collects every shared library that llama.cpp built, and installs them where the package looks, with
+# the Python layer that was made for them.
 
 function(kvmerge_shared_libraries dir out)
     set(found "")
@@ -57,3 +58,19 @@ foreach(destination IN LISTS kvmerge_destinations)
     install(FILES "${PROJECT_SOURCE_DIR}/cpp/include/kvmerge.h"
         DESTINATION "${destination}/include" COMPONENT kvmerge OPTIONAL)
 endforeach()
+
+# The Python layer, as it is in the pinned release. An installed llama-cpp-python of another build
+# would compile its own llama.cpp.
+kvmerge_python_layer_dir("${llama_cpp_dir}" kvmerge_python_layer)
+foreach(destination IN LISTS kvmerge_destinations)
+    install(DIRECTORY "${kvmerge_python_layer}" DESTINATION "${destination}/_vendor" COMPONENT kvmerge
+        PATTERN "__pycache__" EXCLUDE)
+    install(FILES "${kvmerge_python_layer}/../LICENSE.md" DESTINATION "${destination}/_vendor/llama_cpp"
+        COMPONENT kvmerge)
+endforeach()
+if(KVMERGE_DEV)
+    set(kvmerge_vendor_dir "${PROJECT_SOURCE_DIR}/python/kvmerge/_vendor")
+    file(REMOVE_RECURSE "${kvmerge_vendor_dir}")
+    file(COPY "${kvmerge_python_layer}" DESTINATION "${kvmerge_vendor_dir}" PATTERN "__pycache__" EXCLUDE)
+    file(COPY "${kvmerge_python_layer}/../LICENSE.md" DESTINATION "${kvmerge_vendor_dir}/llama_cpp")
+endif()

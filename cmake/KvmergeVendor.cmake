@@ -35,3 +35,17 @@ function(kvmerge_llama_cpp_dir out)
     message(STATUS "llama.cpp: ${dir}")
     set(${out} "${dir}" PARENT_SCOPE)
 endfunction()
+
+# Sets `out` to the folder of llama_cpp, the Python layer of the pinned release. `llama_cpp_dir` is
+# what the function above has set.
+function(kvmerge_python_layer_dir llama_cpp_dir out)
+    if(KVMERGE_LLAMA_CPP_DIR)
+        kvmerge_prepare(llama_cpp_dir --pristine) # the user's own tree has no such layer beside it
+    endif()
+    get_filename_component(dir "${llama_cpp_dir}/../../llama_cpp" ABSOLUTE)
+    if(NOT EXISTS "${dir}/__init__.py")
+        message(FATAL_ERROR "The Python layer of llama-cpp-python is not in ${dir}: delete the folder "
+            "around it, and it is unpacked again.")
+    endif()
+    set(${out} "${dir}" PARENT_SCOPE)
+endfunction()

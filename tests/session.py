@@ -20,11 +20,11 @@ import numpy.typing as npt
 STOCK = os.environ.get("STOCK_LIBRARIES")
 
 if STOCK:
-    os.environ["LLAMA_CPP_LIB_PATH"] = STOCK
-    ggml = ctypes.CDLL(str(next(Path(STOCK).glob("libggml.*"))), mode=ctypes.RTLD_GLOBAL)
-    if hasattr(ggml, "ggml_backend_load_all_from_path"):
-        ggml.ggml_backend_load_all_from_path(STOCK.encode())
-    import llama_cpp
+    # The package finds the Python layer, and with it loads the back ends of that folder.
+    os.environ["KVMERGE_LIB_PATH"] = STOCK
+    import kvmerge  # noqa: F401
+
+    import llama_cpp  # isort: skip
 else:
     from kvmerge import _library
     from kvmerge._binding import Engine, small_beginning

@@ -9,21 +9,64 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
-from kvmerge import _binding, _library
+import kvmerge
+from kvmerge import _binding, _library, _python_layer
 from kvmerge.errors import LibraryError
 
+USE = """
+import kvmerge, llama_cpp
+from kvmerge import pocket
+llm = llama_cpp.Llama(str(pocket.model_path()), n_ctx=64, verbose=False)
+llm.eval(llm.tokenize(b"red"))
+assert llm.n_tokens > 0
+merging = kvmerge.Llama(pocket.model_path(), n_ctx=64, verbose=False)
+assert isinstance(merging, llama_cpp.Llama)
+print(llama_cpp.__file__)
+"""
+"""A program that uses llama_cpp on its own, and prints which one it got."""
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+# Without an installed llama-cpp-python there is one to import first only in our own folder.
+FIND_LAYER = f"import sys; sys.path.append({str(_python_layer.CARRIED.parent)!r}); "
+
+needs_copy = pytest.mark.skipif(
+    not _python_layer.CARRIED.is_dir(),
+    reason="libraries from KVMERGE_LIB_PATH: the package carries no Python layer",
+)
+
+
+def python(
+    code: str, *options: str, input: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     variables = {k: v for k, v in os.environ.items() if k not in _library._PATH_VARIABLES}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
+        input=input,
         env={**variables, **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """Everything that is installed but llama-cpp-python, for ``python -S`` and PYTHONPATH."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    # An editable install is on the path by a file that -S does not read.
+    for site in (Path(numpy.__file__).parents[1], Path(kvmerge.__file__).parents[1]):
+        for entry in site.iterdir():
+            if not entry.name.startswith("llama_cpp") and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def install(layer: Path, folder: Path) -> Path:
+    """Put a copy of a Python layer into `folder`, as pip would, and return its package."""
+    return Path(shutil.copytree(layer, folder / "llama_cpp"))
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -48,10 +91,83 @@ def test_llama_is_a_llama_cpp_llama() -> None:
     assert "llama_cpp.llama.Llama" in result.stdout, result.stderr
 
 
+@needs_copy
+def test_the_copy_serves_where_nothing_is_installed(alone: Path) -> None:
+    result = python(USE, "-S", PYTHONPATH=str(alone))
+    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+    assert result.stderr == ""
+
+
+@needs_copy
+def test_an_installed_one_of_the_same_version_is_used(alone: Path) -> None:
+    package = install(_python_layer.CARRIED, alone)
+    result = python(USE, "-S", PYTHONPATH=str(alone))
+    assert Path(result.stdout.strip()).parent == package, result.stderr
+
+
+@needs_copy
+def test_the_copy_goes_before_an_installed_one_of_another_version(alone: Path) -> None:
+    package = install(_python_layer.CARRIED, alone)
+    init = package / "__init__.py"
+    init.write_text(init.read_text().replace(_library.LLAMA_CPP_PYTHON, "0.3.1"))
+    result = python(USE, "-S", PYTHONPATH=str(alone))
+    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+
+
+@needs_copy
+def test_a_folder_of_that_name_is_no_package(alone: Path) -> None:
+    (alone / "llama_cpp").mkdir()
+    result = python(USE, "-S", PYTHONPATH=str(alone))
+    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+
+
+def test_neither_a_copy_nor_an_installed_one(alone: Path) -> None:
+    (alone / "kvmerge").unlink()
+    shutil.copytree(
+        Path(kvmerge.__file__).parent,
+        alone / "kvmerge",
+        ignore=shutil.ignore_patterns("_vendor", "lib", "*.gguf"),
+    )
+    libraries = str(_library.library_folder())
+    result = python(
+        "import kvmerge; kvmerge.Llama", "-S", PYTHONPATH=str(alone), KVMERGE_LIB_PATH=libraries
+    )
+    assert "LibraryError: llama_cpp cannot be imported" in last_line(result)
+    assert str(alone / "kvmerge" / "_vendor") in last_line(result)
+
+
+@needs_copy
+def test_a_pickled_model_brings_its_layer_along(alone: Path) -> None:
+    made = python(
+        "import pickle, sys, kvmerge\n"
+        "from kvmerge import pocket\n"
+        "llm = kvmerge.Llama(pocket.model_path(), n_ctx=768, verbose=False)\n"
+        "print(pickle.dumps(llm).hex())",
+        "-S",
+        PYTHONPATH=str(alone),
+    )
+    read = python(
+        "import pickle\nllm = pickle.loads(bytes.fromhex(input()))\nprint(llm.n_ctx())",
+        "-S",
+        input=made.stdout,
+        PYTHONPATH=str(alone),
+    )
+    assert read.stdout.strip() == "768", made.stderr + read.stderr
+
+
+def test_the_licence_of_the_copy_is_shipped() -> None:
+    ours = Path(__file__).parent.parent / "licenses" / "llama-cpp-python.txt"
+    assert "Andrei Betlen" in ours.read_text()
+    if _python_layer.CARRIED.is_dir():
+        assert (_python_layer.CARRIED / "LICENSE.md").read_text() == ours.read_text()
+
+
 def test_llama_cpp_imported_first(tmp_path: Path) -> None:
     shutil.copytree(_library.library_folder(), tmp_path / "stock")
     stock = str(tmp_path / "stock")
-    result = python("import llama_cpp, kvmerge", LLAMA_CPP_LIB_PATH=stock, MTMD_CPP_LIB=stock)
+    result = python(
+        f"{FIND_LAYER}import llama_cpp, kvmerge", LLAMA_CPP_LIB_PATH=stock, MTMD_CPP_LIB=stock
+    )
     assert result.returncode != 0
     assert last_line(result).startswith("kvmerge.errors.LibraryError")
     assert stock in last_line(result)
@@ -61,7 +177,7 @@ def test_llama_cpp_imported_first(tmp_path: Path) -> None:
 def test_llama_cpp_imported_first_from_our_folder_is_fine() -> None:
     ours = str(_library.library_folder())
     result = python(
-        "import llama_cpp, kvmerge; print(kvmerge.Llama.__name__)",
+        f"{FIND_LAYER}import llama_cpp, kvmerge; print(kvmerge.Llama.__name__)",
         LLAMA_CPP_LIB_PATH=ours,
         MTMD_CPP_LIB=ours,
     )

@@ -82,12 +82,19 @@ def main() -> None:
     run(bin_folder / TESTS[2], "-m", pocket, cwd=bin_folder)
 
     python_tests = unpack_python_tests(args.build)
-    library = ROOT / "python" / "kvmerge" / "lib"
+    package = ROOT / "python" / "kvmerge"
+    library = str(package / "lib")
+    paths = [str(package / "_vendor"), os.environ.get("PYTHONPATH", "")]
     skipped = " and ".join(f"not {part}" for part in NEED_DOWNLOAD)
     run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", skipped, "tests",
         cwd=python_tests,
-        env={**os.environ, "LLAMA_CPP_LIB_PATH": str(library), "MTMD_CPP_LIB": str(library)},
+        env={
+            **os.environ,
+            "LLAMA_CPP_LIB_PATH": library,
+            "MTMD_CPP_LIB": library,
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        },
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Find the native libraries, point llama-cpp-python at them, and check that they fit.
+"""Find the native libraries, point llama_cpp at them, and check that they fit.
 
-llama-cpp-python loads its libraries when it is first imported, from the folders that two
-environment variables name.  `prepare` sets those and has to run before that import; `load` does
-the import, loads the backends and checks versions and struct layouts.
+llama_cpp loads its libraries when it is first imported, from the folders that two environment
+variables name.  `prepare` sets those and has to run before that import, which loads the backends
+as well; `load` does the import and checks versions and struct layouts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import ctypes
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import _python_layer
 from .errors import LibraryError
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -72,7 +75,7 @@ def _check_folder(llama_cpp: ModuleType) -> None:
 
 
 def prepare() -> None:
-    """Point the coming import of llama_cpp at our libraries.
+    """Point the coming import of llama_cpp at our libraries, and at the Python layer that fits.
 
     Raises
     ------
@@ -85,6 +88,23 @@ def prepare() -> None:
         return
     for variable in _PATH_VARIABLES:
         os.environ[variable] = str(library_folder())
+    _python_layer.install(LLAMA_CPP_PYTHON, _loading)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Check that the libraries are there, and load the backends after llama_cpp has loaded them.
+
+    Whoever imports llama_cpp after this package gets libraries that are ready, also without
+    `load`.
+    """
+    for name in ("llama", "mtmd", "ggml"):
+        library_file(name)
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise LibraryError(f"{error}: {_BUILD_AGAIN}") from error
+    _load_backends()
 
 
 def _load_backends() -> None:
@@ -92,6 +112,8 @@ def _load_backends() -> None:
     ggml = ctypes.CDLL(str(library_file("ggml")))
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_reg_count() == 0:
+        # Each file that is loaded would be a line on stderr.
+        importlib.import_module("llama_cpp._logger").set_verbose(False)
         ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
         ggml.ggml_backend_load_all_from_path(os.fsencode(library_folder()))
     if ggml.ggml_backend_reg_count() == 0:
@@ -103,9 +125,10 @@ def _load_backends() -> None:
 def _check_version(llama_cpp: ModuleType) -> None:
     if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
         raise LibraryError(
-            f"kvmerge was built for llama-cpp-python {LLAMA_CPP_PYTHON}, but "
-            f"{llama_cpp.__version__} is installed: the two would disagree about struct layouts. "
-            f"Run `CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`."
+            f"kvmerge was built for llama-cpp-python {LLAMA_CPP_PYTHON}, but llama_cpp of version "
+            f"{llama_cpp.__version__} was imported from {Path(llama_cpp.__file__ or '').parent}: "
+            "the two would disagree about struct layouts. Put `import kvmerge` before the first "
+            "`import llama_cpp`."
         )
 
 
@@ -172,24 +195,18 @@ def load() -> ModuleType:
         If anything does not fit; the message says what and what to do.
     """
     prepare()
-    for name in ("llama", "mtmd", "ggml"):
-        library_file(name)
     try:
         llama_cpp = importlib.import_module("llama_cpp")
     except ModuleNotFoundError as error:
         raise LibraryError(
-            f"llama-cpp-python is not installed ({error}). Run "
-            f"`CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`."
+            f"llama_cpp cannot be imported ({error}): {_BUILD_AGAIN}; the Python layer belongs "
+            f"into {_python_layer.CARRIED}, and what it imports is among the package's dependencies"
         ) from error
-    except (RuntimeError, OSError) as error:
-        raise LibraryError(f"{error}: {_BUILD_AGAIN}") from error
     _check_folder(llama_cpp)
     _check_version(llama_cpp)
 
     mtmd_cpp = importlib.import_module("llama_cpp.mtmd_cpp")
-    logger = importlib.import_module("llama_cpp._logger")
-    logger.set_verbose(False)
-    _load_backends()
+    _load_backends()  # of a llama_cpp that was imported first
     _check_layouts(llama_cpp, mtmd_cpp)
 
     from . import _binding

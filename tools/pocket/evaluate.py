@@ -19,6 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "python" / "kvmerge"))
+sys.path.append(str(ROOT / "python" / "kvmerge" / "_vendor"))  # unless llama_cpp is installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import llama_cpp  # noqa: E402
