@@ -7,7 +7,6 @@ as well; `load` does the import and checks versions and struct layouts.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import sys
@@ -25,7 +24,7 @@ LLAMA_CPP_PYTHON = "0.3.36"
 """The version of llama-cpp-python whose llama.cpp our libraries are built from."""
 
 _PATH_VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
-_BUILD_AGAIN = (
+BUILD_AGAIN = (
     "install the package again (`pip install .`), or set KVMERGE_LIB_PATH to the folder of a "
     "patched build"
 )
@@ -55,7 +54,7 @@ def library_file(name: str) -> Path:
     for file in candidates:
         if file.exists():
             return file
-    raise LibraryError(f"{candidates[0].name} is not in {folder}: {_BUILD_AGAIN}")
+    raise LibraryError(f"{candidates[0].name} is not in {folder}: {BUILD_AGAIN}")
 
 
 def _loaded_folder(llama_cpp: ModuleType) -> Path:
@@ -103,23 +102,14 @@ def _loading() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        raise LibraryError(f"{error}: {_BUILD_AGAIN}") from error
+        raise LibraryError(f"{error}: {BUILD_AGAIN}") from error
     _load_backends()
 
 
 def _load_backends() -> None:
-    """Load the ggml backends next to the library, where they are separate files."""
-    ggml = ctypes.CDLL(str(library_file("ggml")))
-    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
-    if ggml.ggml_backend_reg_count() == 0:
-        # Each file that is loaded would be a line on stderr.
-        importlib.import_module("llama_cpp._logger").set_verbose(False)
-        ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
-        ggml.ggml_backend_load_all_from_path(os.fsencode(library_folder()))
-    if ggml.ggml_backend_reg_count() == 0:
-        raise LibraryError(
-            f"no ggml backend in {library_folder()} runs on this machine: {_BUILD_AGAIN}"
-        )
+    from . import _backends
+
+    _backends.load()
 
 
 def _check_version(llama_cpp: ModuleType) -> None:
@@ -144,7 +134,7 @@ def _check_layout(what: str, params: Any, expected: dict[str, object]) -> None:
             raise LibraryError(
                 f"{what}.{name} is {found!r} where {value!r} was expected: the library in "
                 f"{library_folder()} and llama-cpp-python {LLAMA_CPP_PYTHON} disagree about the "
-                f"layout of {what}; {_BUILD_AGAIN}"
+                f"layout of {what}; {BUILD_AGAIN}"
             )
 
 
@@ -199,7 +189,7 @@ def load() -> ModuleType:
         llama_cpp = importlib.import_module("llama_cpp")
     except ModuleNotFoundError as error:
         raise LibraryError(
-            f"llama_cpp cannot be imported ({error}): {_BUILD_AGAIN}; the Python layer belongs "
+            f"llama_cpp cannot be imported ({error}): {BUILD_AGAIN}; the Python layer belongs "
             f"into {_python_layer.CARRIED}, and what it imports is among the package's dependencies"
         ) from error
     _check_folder(llama_cpp)

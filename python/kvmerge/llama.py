@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _library
+from . import _backends, _library
 from .budget import Budget
 from .cap import Cap
 from .errors import (
@@ -215,6 +215,7 @@ class Llama(StockLlama):
             self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
             if handler is not None:
                 handler.load(self)
+            _backends.log_device(options.get("n_gpu_layers"))
             if self._policy is not None and self._is_merging:
                 self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
                 self._limit_cells(self._engine)

@@ -3,53 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import platform
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from .. import __version__, _library
+from .. import __version__, _library, _python_layer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command: none."""
 
 
-def _loaded_backends(folder: Path) -> list[str]:
-    """Return the ggml backend files that this process has loaded, where the system tells."""
+def _loaded_backends() -> list[str]:
+    """Return the files of ggml back ends that this process has loaded, where the system tells."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    prefix = f"{folder.resolve()}/libggml-"
     files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
-    names = {Path(file).name for file in files if file.startswith(prefix)}
-    return sorted(names - {"libggml-base.so"})
+    names = {Path(file).name for file in files}
+    return sorted(
+        name for name in names if name.startswith("libggml-") and name != "libggml-base.so"
+    )
 
 
-def _devices() -> list[str]:
-    ggml = ctypes.CDLL(str(_library.library_file("ggml")))
-    base = ctypes.CDLL(str(_library.library_file("ggml-base")))
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
-    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
-        function = getattr(base, name)
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    base.ggml_backend_dev_memory.argtypes = [
-        ctypes.c_void_p,
-        ctypes.POINTER(ctypes.c_size_t),
-        ctypes.POINTER(ctypes.c_size_t),
-    ]
-    lines = []
-    for i in range(ggml.ggml_backend_dev_count()):
-        device = ggml.ggml_backend_dev_get(i)
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name = base.ggml_backend_dev_name(device).decode()
-        description = base.ggml_backend_dev_description(device).decode()
-        memory = f"{free.value >> 20} of {total.value >> 20} MiB free"
-        lines.append(f"{name}: {description} ({memory})")
-    return lines
+def _whose_layer(llama_cpp: ModuleType) -> str:
+    """Say which Python layer is in use, and which one is passed over."""
+    used = Path(llama_cpp.__file__ or "").parent
+    other = _python_layer.installed()
+    if used != _python_layer.CARRIED:
+        return f"installed: {used}"
+    if other is None or other.resolve() == used.resolve():
+        return "the package's own copy"
+    version = _python_layer.stated_version(other)
+    return f"the package's own copy; {version} in {other} is not used"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,16 +46,25 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Python             {platform.python_version()} ({sys.executable})")
     print(f"libraries          {folder}")
     llama_cpp = _library.load()
-    from .. import _binding
+    from .. import _backends, _binding
     from ..policies import presets
 
-    print(f"llama-cpp-python   {llama_cpp.__version__}")
+    print(f"llama-cpp-python   {llama_cpp.__version__} ({_whose_layer(llama_cpp)})")
     print(f"patched            yes, kvmerge API {_binding.api_version()}")
     print(f"kv_merge=          {', '.join(presets())}")
-    backends = _loaded_backends(folder)
+    backends = _loaded_backends()
     if backends:
         print(f"backends loaded    {', '.join(backends)}")
-    for line in _devices():
-        print(f"device             {line}")
+    for package in _backends.packages():
+        print(f"back-end package   {package}")
+    for device in _backends.devices():
+        free, total = device.free >> 20, device.total >> 20
+        print(f"device             {device} ({free} of {total} MiB free)")
+    used, unused = _backends.in_use(0)
+    print(f"used by default    {used}")
+    if unused:
+        print(f"faster, unused     {unused}: n_gpu_layers=-1 uses it")
+    if hardware := _backends.unserved_hardware():
+        print(f"faster, unused     {hardware} would use it (docs/building.md)")
     print(f"CPU features       {llama_cpp.llama_print_system_info().decode().strip()}")
     return 0
