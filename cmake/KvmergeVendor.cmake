@@ -1,10 +1,11 @@
 # Where the llama.cpp tree comes from.
 
+get_filename_component(KVMERGE_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 find_package(Python3 3.10 COMPONENTS Interpreter REQUIRED)
 
 function(kvmerge_prepare out)
     execute_process(
-        COMMAND "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/vendor/prepare.py" ${ARGN}
+        COMMAND "${Python3_EXECUTABLE}" "${KVMERGE_SOURCE_DIR}/vendor/prepare.py" ${ARGN}
         RESULT_VARIABLE status
         OUTPUT_VARIABLE output
         ERROR_VARIABLE  problem
@@ -28,9 +29,9 @@ function(kvmerge_llama_cpp_dir out)
         kvmerge_prepare(dir ${options})
 
         # A changed pin or patch makes another tree.
-        file(GLOB series CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/vendor/patches/*")
-        set_property(DIRECTORY "${PROJECT_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
-            ${series} "${PROJECT_SOURCE_DIR}/vendor/requirements.txt")
+        file(GLOB series CONFIGURE_DEPENDS "${KVMERGE_SOURCE_DIR}/vendor/patches/*")
+        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+            ${series} "${KVMERGE_SOURCE_DIR}/vendor/requirements.txt")
     endif()
     message(STATUS "llama.cpp: ${dir}")
     set(${out} "${dir}" PARENT_SCOPE)

@@ -15,6 +15,7 @@ import kvmerge
 from conftest import Factory
 from kvmerge import _backends, _library
 from kvmerge._backends import Device
+from kvmerge._python_layer import stated_version
 
 MODULE = _library.library_folder() / "libggml-cpu.so"
 
@@ -105,6 +106,40 @@ def test_a_model_says_what_it_computes_on(llama: Factory, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO, "kvmerge")
     llama()
     assert caplog.messages[0].startswith("computes on CPU ("), caplog.messages
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml"))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_are_of_the_version_of_kvmerge(name: str) -> None:
+    project = (ROOT / "packages" / name / "pyproject.toml").read_text()
+    version = kvmerge.__version__
+    assert f'name = "kvmerge-{name}"\nversion = "{version}"' in project
+    assert f'"kvmerge=={version}"' in project
+    folder = ROOT / "packages" / name / _backends.PACKAGES / name
+    assert stated_version(folder) == version
+    assert f'{name} = ["kvmerge-{name}=={version}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODULE.exists(), reason="back ends are no files of their own here")
+def test_a_package_is_built_and_loaded(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    for command in (
+        ["wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT / "packages" / "rpc"],
+        ["install", "--no-deps", "--no-index", "--find-links", tmp_path, "--target",
+         tmp_path / "site", "kvmerge-rpc"],
+    ):  # fmt: skip
+        subprocess.run([*pip, *map(str, command)], check=True, stdin=subprocess.DEVNULL)
+    doctor = subprocess.run(
+        [sys.executable, "-m", "kvmerge", "doctor"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+    )
+    assert "libggml-rpc.so" in doctor.stdout, doctor.stderr
 
 
 # There is no graphics card to test with: the list of devices is made up from here on.
