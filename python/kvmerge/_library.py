@@ -7,6 +7,7 @@ as well; `load` does the import and checks versions and struct layouts.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -104,6 +105,10 @@ def _loading() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         raise LibraryError(f"{error}: {BUILD_AGAIN}") from error
     _load_backends()
+    # Two files on /dev/null that llama_cpp opens: left open, Python ends with a ResourceWarning.
+    muted = importlib.import_module("llama_cpp._utils")
+    for file in (muted.outnull_file, muted.errnull_file):
+        atexit.register(file.close)
 
 
 def _load_backends() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
+from .terminal import accept_any_text, complain, discard
 
 COMMANDS = {
     "demo": "show pictures to a model, ask about them with the full and the merged cache",
@@ -18,39 +21,88 @@ COMMANDS = {
 }
 """Name of each command, which is also that of its module, and what it does."""
 
+FAILED, INTERRUPTED, NOBODY_READS = 1, 130, 141
+"""Exit statuses; the last two are those of a shell for SIGINT and SIGPIPE."""
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+TRACEBACK = "KVMERGE_TRACEBACK"
+"""Name of the environment variable that asks for tracebacks of unexpected errors."""
+
+
+def parser(command: str | None) -> argparse.ArgumentParser:
     """Return the parser; only the module of `command` is imported."""
-    parser = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="kvmerge", description="A KV cache that merges instead of growing."
     )
-    parser.add_argument("--version", action="version", version=f"kvmerge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=f"kvmerge {__version__}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
         )
         if name == command:
             import_module(f".commands.{name}", __package__).add_arguments(sub)
-    return parser
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+    """Run the command line and return the exit status.
+
+    Returns
+    -------
+    int
+        0, or 1 for an error that was said on stderr; 130 when it was interrupted, and 141 when
+        whoever read its output stopped reading.
+    """
+    accept_any_text()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # Not left to Python's end, which can only complain about it.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is not None:
+            discard(sys.stdout)
+        # EINVAL is what Windows says of a pipe that nobody reads.
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            return NOBODY_READS
+        complain(f"kvmerge: the output cannot be written: {error.strerror}")
+        return FAILED
+
+
+def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    parsed = _parser(command).parse_args(arguments)
+    parsed = parser(command).parse_args(arguments)
     from .errors import KVMergeError
 
+    name = f"kvmerge {parsed.command}"
     try:
         status: int = import_module(f".commands.{parsed.command}", __package__).run(parsed)
     except KVMergeError as error:
-        print(f"kvmerge {parsed.command}: {error}", file=sys.stderr)
-        return 1
+        complain(f"{name}: {error}")
+        return FAILED
     except KeyboardInterrupt:
-        print(f"kvmerge {parsed.command}: interrupted", file=sys.stderr)
-        return 130
+        complain(f"{name}: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        complain(f"{name}: {_in_one_line(error)}")
+        return FAILED
     return status
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        file = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{file}"
+    said = " ".join(str(error).split())
+    kind = type(error).__name__
+    return f"{kind}: {said or 'no reason given'} ({TRACEBACK}=1 shows where)"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,25 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
         "grids": [patch_grid(span.end - span.start) for span in spans],
         "layers": layers,
     }
+
+
+def check_place(path: Path) -> None:
+    """Check that a report can be written to a place, before there is one.
+
+    Raises
+    ------
+    OptionError
+        If it is a folder, or in a folder that is missing or must not be written to.
+    """
+    reason = ""
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "it is not allowed"
+    if reason:
+        raise OptionError(f"the report {path} cannot be written: {reason}")
 
 
 def _data_uri(image: Any) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .number import MOST_SEED, MOST_THREADS, Whole, kept
+
 if TYPE_CHECKING:
     from ..llama import Llama
     from ..pocket import Prompt
@@ -29,6 +31,8 @@ _TASKS = (
 _QUICK_TASKS = ("code", "letter_of", "colour_at")
 _QUICK_PICTURES = 4
 _LARGE_PICTURE = 384
+_LONGEST = 2**24
+"""Longer contexts than any model has; the full cache is allocated for all of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model (GGUF); default: the pocket model in the package")
     parser.add_argument("--mmproj", help="vision part of --model (GGUF)")
     parser.add_argument(
-        "--budget", default="0.2", help="what is kept: a fraction such as 0.2, or a number of cells"
+        "--budget",
+        type=kept,
+        default=0.2,
+        help="what is kept: a fraction such as 0.2, or a number of cells",
     )
     parser.add_argument("--policy", default="auto", help="how the cache is merged")
-    parser.add_argument("--pictures", type=int, default=12, help="how many pictures are shown")
-    parser.add_argument("--seed", type=int, default=1, help="other pictures and questions")
-    parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
-    parser.add_argument("--n-ctx", type=int, default=0, help="context length; default: as needed")
+    parser.add_argument(
+        "--pictures", type=_pictures, default=12, help="how many pictures are shown"
+    )
+    parser.add_argument(
+        "--seed", type=Whole(0, MOST_SEED), default=1, help="other pictures and questions"
+    )
+    parser.add_argument(
+        "--threads", type=Whole(1, MOST_THREADS), default=1, help="threads to compute with"
+    )
+    parser.add_argument(
+        "--n-ctx",
+        type=Whole(0, _LONGEST, "0 is as needed"),
+        default=0,
+        help="context length; default: as needed",
+    )
     parser.add_argument(
         "--report", type=Path, default=Path("kvmerge-demo.html"), help="where the report goes"
     )
@@ -82,18 +100,10 @@ class Run:
         return sum(turn.score for turn in self.turns) / len(self.turns)
 
 
-def _budget(text: str) -> float | int:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        from ..budget import Budget
+def _pictures(text: str) -> int:
+    from ..pocket import LETTERS
 
-        Budget(text)  # type: ignore[arg-type]  # raises, and says what is accepted
-        raise
+    return Whole(1, len(LETTERS))(text)
 
 
 def _messages(prompt: Prompt, question: int, answers: Sequence[str], large: bool) -> Any:
@@ -212,7 +222,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.model is None) != (arguments.mmproj is None):
         raise OptionError("--model and --mmproj go together")
-    budget = _budget(arguments.budget)
     n_pictures = min(arguments.pictures, _QUICK_PICTURES) if arguments.quick else arguments.pictures
 
     import numpy as np
@@ -220,10 +229,10 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import pocket
     from ..llama import Llama
     from ..policies import resolve
-    from ..report import write_report
+    from ..report import check_place, write_report
 
-    if not 1 <= n_pictures <= len(pocket.LETTERS):
-        raise OptionError(f"--pictures must be 1 to {len(pocket.LETTERS)}, not {n_pictures}")
+    check_place(arguments.report)
+    budget = arguments.budget
     if resolve(arguments.policy) is None:
         raise OptionError("--policy must merge: the demo compares it with the full cache")
     own_model = arguments.model is not None

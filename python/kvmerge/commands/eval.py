@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from .number import MOST_SEED, MOST_THREADS, MOST_TOKENS, Whole, fraction, listed
 
 if TYPE_CHECKING:
     from ..evaluation.samples import Sample
 
 _PAGE, _PLOT = "quality.md", "quality.png"
-_T = TypeVar("_T")
+_MOST_QUESTIONS, _MOST_DISTRACTORS, _MOST_JOBS, _LONGEST = 100_000, 100_000, 256, 2**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,50 +23,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, help="folder in MileBench's layout; default: the pocket tasks"
     )
-    parser.add_argument("--tasks", type=_list(str), help="which tasks, such as code,count")
+    parser.add_argument("--tasks", type=listed(str), help="which tasks, such as code,count")
     parser.add_argument(
         "--pictures",
-        type=_list(int),
+        type=listed(_pictures),
         default=(12, 8),
         help="pictures in a prompt of the pocket tasks, such as 12,8 (the default)",
     )
     parser.add_argument(
         "--distractors",
-        type=_list(int),
+        type=listed(Whole(0, _MOST_DISTRACTORS)),
         default=(40,),
         help="tokens of distracting text in a prompt of the pocket tasks, such as 40,200",
     )
     parser.add_argument(
         "--methods",
-        type=_list(str),
+        type=listed(str),
         default=("all",),
         help="names, patterns such as mosaic*, reference, preset, quantized, ablation, or all "
         "(the default); --methods help lists them",
     )
     parser.add_argument(
         "--budgets",
-        type=_list(float),
+        type=listed(fraction),
         default=(0.2, 0.1, 0.05),
         help="fractions that are kept, such as 0.2,0.1,0.05 (the default)",
     )
     parser.add_argument(
         "--mode",
-        type=_list(str),
+        type=listed(str),
         default=("known",),
         help="known: merge when the question was read up to its last tokens; unknown: merge after "
         "another question and its answer; known,unknown: both",
     )
     parser.add_argument(
         "--merge-before",
-        type=int,
+        type=Whole(1, MOST_TOKENS),
         default=2,
         help="how many of the last tokens of a known question are read after the merge",
     )
-    parser.add_argument("--questions", type=int, default=200, help="questions a task")
-    parser.add_argument("--seed", type=int, default=0, help="other pictures and questions")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("--n-ctx", type=int, default=0, help="context length; default: as needed")
+    parser.add_argument(
+        "--questions", type=Whole(1, _MOST_QUESTIONS), default=200, help="questions a task"
+    )
+    parser.add_argument(
+        "--seed", type=Whole(0, MOST_SEED), default=0, help="other pictures and questions"
+    )
+    parser.add_argument(
+        "--threads", type=Whole(1, MOST_THREADS), default=1, help="threads of each process"
+    )
+    parser.add_argument(
+        "--jobs", type=Whole(1, _MOST_JOBS), default=1, help="processes side by side"
+    )
+    parser.add_argument(
+        "--n-ctx",
+        type=Whole(0, _LONGEST, "0 is as needed"),
+        default=0,
+        help="context length; default: as needed",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -83,17 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _list(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
-    def parse(text: str) -> tuple[_T, ...]:
-        items = [item.strip() for item in text.split(",") if item.strip()]
-        if not items:
-            raise argparse.ArgumentTypeError("it names nothing")
-        try:
-            return tuple(dict.fromkeys(kind(item) for item in items))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+def _pictures(text: str) -> int:
+    from ..pocket.tasks import MAX_PICTURES
 
-    return parse
+    return Whole(1, MAX_PICTURES)(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.methods == ("help",):
         _print_methods()
         return 0
+    _check(arguments)
     if not arguments.report_only:
         _answer(arguments)
     _report(arguments.out, arguments.update)
@@ -114,33 +123,43 @@ def _print_methods() -> None:
         print(f"{name:<24}{method.kind:<12}{method.what}")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Say before the work begins what would be missing at its end."""
+    from importlib.util import find_spec
+
+    from ..errors import OptionError, UnsupportedError
+    from ..evaluation.tables import check_page
+
+    needed = {"matplotlib": "the plot"}
+    if arguments.data is not None and not arguments.report_only:
+        needed["rouge"] = "ROUGE-L, a metric of MileBench,"
+    for package, what in needed.items():
+        if find_spec(package) is None:
+            raise UnsupportedError(f"{what} needs the package {package}: install kvmerge[eval]")
+    for page in arguments.update:
+        check_page(page)
+    if (arguments.model is None) == (arguments.mmproj is None):
+        return
+    if arguments.model is None:
+        raise OptionError("--mmproj needs --model: it is the vision part of that model")
+    raise OptionError(
+        "--model needs --mmproj, its vision part (GGUF): all questions are about pictures, so a "
+        "model for text alone cannot answer them"
+    )
+
+
 def _answer(arguments: argparse.Namespace) -> None:
     from .. import pocket
     from ..errors import OptionError
     from ..evaluation.answers import Record, Settings, definitions, identity
     from ..evaluation.methods import choose
-    from ..evaluation.reader import check_budget
     from ..evaluation.run import Models, Plan
     from ..evaluation.run import run as answer_all
     from ..evaluation.samples import MODES
 
-    if (arguments.model is None) != (arguments.mmproj is None):
-        raise OptionError("--model and --mmproj go together")
-    for name, low in (
-        ("questions", 1),
-        ("merge_before", 1),
-        ("seed", 0),
-        ("threads", 1),
-        ("jobs", 1),
-    ):
-        if getattr(arguments, name) < low:
-            option = name.replace("_", "-")
-            raise OptionError(f"--{option} must be at least {low}, not {getattr(arguments, name)}")
     for mode in arguments.mode:
         if mode not in MODES:
             raise OptionError(f"there is no mode {mode!r}: it must be one of {', '.join(MODES)}")
-    for budget in arguments.budgets:
-        check_budget(budget)
     methods = choose(arguments.methods)
     plan = Plan(
         samples=tuple(_samples(arguments)),

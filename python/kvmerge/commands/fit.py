@@ -9,13 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .number import MOST_TOKENS, Whole, amount, kept, shown
+
 if TYPE_CHECKING:
     from ..budget import Budget
+    from ..cap import Cap
     from ..dry_load import ContextOptions, DryModel
     from ..memory import Fit, Footprint, Reading, Vision
 
-_SIZE = re.compile(r"(\d+)[xX×](\d+)")
+_SIZE = re.compile(r"(\d{1,9})[xX×](\d{1,9})")
 _LARGEST_SIDE = 65536
+_MOST_OF_A_PICTURE, _MOST_LAYERS = 65536, 100_000
 _ROWS = {
     "process": "Python and libraries",
     "weights": "weights",
@@ -36,33 +40,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="model (GGUF)")
     parser.add_argument("--mmproj", type=Path, help="vision part of the model (GGUF)")
     parser.add_argument(
-        "--images", type=int, help="pictures; default: 1 with --mmproj, else text only"
+        "--images",
+        type=Whole(1, MOST_TOKENS),
+        help="pictures; default: 1 with --mmproj, else text only",
     )
-    parser.add_argument("--size", default="1024x768", help="their size in pixels, WIDTHxHEIGHT")
     parser.add_argument(
-        "--image-tokens", type=int, help="tokens of a picture; default: as libmtmd counts them"
+        "--size", type=_size, default=(1024, 768), help="their size in pixels, WIDTHxHEIGHT"
     )
-    parser.add_argument("--image-min-tokens", type=int, help="as in kvmerge.Llama")
-    parser.add_argument("--image-max-tokens", type=int, help="as in kvmerge.Llama")
     parser.add_argument(
-        "--text-tokens", type=int, default=256, help="tokens of text beside them (256)"
+        "--image-tokens",
+        type=Whole(1, MOST_TOKENS),
+        help="tokens of a picture; default: as libmtmd counts them",
     )
-    parser.add_argument("--ctx", type=int, default=32768, help="n_ctx (32768)")
-    parser.add_argument("--n-batch", type=int, default=512, help="as in kvmerge.Llama (512)")
-    parser.add_argument("--n-ubatch", type=int, default=512, help="as in kvmerge.Llama (512)")
-    parser.add_argument("--n-gpu-layers", type=int, default=0, help="as in kvmerge.Llama (0)")
+    for name in ("--image-min-tokens", "--image-max-tokens"):
+        parser.add_argument(name, type=Whole(1, _MOST_OF_A_PICTURE), help="as in kvmerge.Llama")
+    parser.add_argument(
+        "--text-tokens",
+        type=Whole(0, MOST_TOKENS),
+        default=256,
+        help="tokens of text beside them (256)",
+    )
+    parser.add_argument("--ctx", type=Whole(1, MOST_TOKENS), default=32768, help="n_ctx (32768)")
+    for name in ("--n-batch", "--n-ubatch"):
+        parser.add_argument(
+            name, type=Whole(1, MOST_TOKENS), default=512, help="as in kvmerge.Llama (512)"
+        )
+    parser.add_argument(
+        "--n-gpu-layers",
+        type=Whole(-1, _MOST_LAYERS, "-1 is all"),
+        default=0,
+        help="as in kvmerge.Llama (0)",
+    )
     parser.add_argument("--type-k", default="f16", help="type of the cache's keys (f16)")
     parser.add_argument("--type-v", default="f16", help="type of the cache's values (f16)")
     parser.add_argument("--flash-attn", action="store_true", help="with fused attention")
-    parser.add_argument("--kv-merge", default="flowmm", help="how the cache is merged (flowmm)")
+    parser.add_argument("--kv-merge", default="auto", help="how the cache is merged (auto)")
     parser.add_argument(
-        "--kv-budget", default="0.2", help="what is kept: a fraction such as 0.2, or cells"
+        "--kv-budget",
+        type=kept,
+        default=0.2,
+        help="what is kept: a fraction such as 0.2, or a number of cells",
     )
     parser.add_argument(
-        "--kv-max-cells", help="the most the cache may have: cells, or an amount such as 512MiB"
+        "--kv-max-cells",
+        type=_cap,
+        help="the most cells that the cache may have, or an amount such as 512MiB",
     )
-    parser.add_argument("--memory", help="say how many pictures fit into it, such as 8GiB")
+    parser.add_argument("--memory", type=_Amount, help="say how many pictures fit, such as 8GiB")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(text.strip())
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(1 <= side <= _LARGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"must be WIDTHxHEIGHT in pixels, each from 1 to {_LARGEST_SIDE}, such as 1024x768, "
+            f"not {shown(text)}"
+        )
+    return sides
+
+
+def _cap(text: str) -> Cap:
+    from ..cap import Cap
+    from ..errors import OptionError
+
+    try:
+        return Cap(int(text) if text.strip().isdecimal() else text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:  # of more digits than Python reads
+        raise argparse.ArgumentTypeError(f"must be fewer cells than {shown(text)}") from None
+
+
+class _Amount:
+    """An amount of memory, as it was written and in bytes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.bytes = amount(text)
 
 
 @dataclass(frozen=True)
@@ -76,20 +132,19 @@ class _Picture:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, or JSON."""
-    from ..byte_size import parse_bytes
+    from ..budget import Budget
     from ..dry_load import DryModel
     from ..memory import Estimate, Reading, Vision
     from ..policies import resolve
     from ..resident import resident
 
     _check(arguments)
-    width, height = _size(arguments.size)
-    budget = _budget(arguments.kv_budget)
+    width, height = arguments.size
+    budget = Budget(arguments.kv_budget)
     policy = resolve(arguments.kv_merge)
     assert policy is not None  # a name always means one
     options = _options(arguments)
     process = resident()
-    memory = None if arguments.memory is None else parse_bytes("--memory", arguments.memory)
 
     with DryModel(arguments.model, arguments.n_gpu_layers) as model:
         picture, vision = _Picture(0, 0), Vision()
@@ -99,13 +154,13 @@ def run(arguments: argparse.Namespace) -> int:
             picture = _Picture(arguments.image_tokens, 0)
         images = _images(arguments)
         reading = Reading(images, picture.tokens, arguments.text_tokens)
-        max_cells = _max_cells(arguments, model, options)
+        max_cells = _max_cells(arguments.kv_max_cells, model, options)
         estimate = Estimate(model, options, vision, policy, budget, max_cells, process)
         fit = estimate.fit(reading)
         within = None
         longest, trained = estimate.longest_context, model.trained_context
-        if memory is not None and picture.tokens:
-            within = estimate.images_within(memory, reading)
+        if arguments.memory is not None and picture.tokens:
+            within = estimate.images_within(arguments.memory.bytes, reading)
 
     if arguments.json:
         print(json.dumps(_plain(arguments, reading, fit, vision, within), indent=2))
@@ -114,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         for line in _notes(arguments, reading, fit, picture.note, trained):
             print(f"\n{line}")
         if within is not None:
-            _print_within(arguments.memory, longest, within)
+            _print_within(arguments.memory.text, longest, within)
     return 0
 
 
@@ -124,20 +179,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     from ..errors import OptionError
 
-    for name, low in (
-        ("images", 1),
-        ("image_tokens", 1),
-        ("image_min_tokens", 1),
-        ("image_max_tokens", 1),
-        ("text_tokens", 0),
-        ("ctx", 1),
-        ("n_batch", 1),
-        ("n_ubatch", 1),
-        ("n_gpu_layers", -1),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < low:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     low, high = arguments.image_min_tokens, arguments.image_max_tokens
     if low is not None and high is not None and low > high:
         raise OptionError(f"--image-min-tokens {low} is more than --image-max-tokens {high}")
@@ -146,31 +187,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise OptionError("--image-min-tokens and --image-max-tokens need --mmproj")
         if arguments.images is not None and arguments.image_tokens is None:
             raise OptionError("--images needs --mmproj, or --image-tokens for each")
-
-
-def _size(text: str) -> tuple[int, int]:
-    from ..errors import OptionError
-
-    match = _SIZE.fullmatch(text.strip())
-    sides = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(1 <= side <= _LARGEST_SIDE for side in sides):
-        raise OptionError(
-            f"--size {text!r} is not a size: write WIDTHxHEIGHT in pixels, each 1 to "
-            f"{_LARGEST_SIDE}, such as 1024x768"
-        )
-    return sides
-
-
-def _budget(text: str) -> Budget:
-    from ..budget import Budget
-
-    for kind in (int, float):
-        try:
-            kept = kind(text)
-        except ValueError:
-            continue
-        return Budget(kept)
-    return Budget(text)  # type: ignore[arg-type]  # raises, and says what is accepted
 
 
 def _options(arguments: argparse.Namespace) -> ContextOptions:
@@ -204,24 +220,11 @@ def _images(arguments: argparse.Namespace) -> int:
     return 0 if arguments.mmproj is None and arguments.image_tokens is None else 1
 
 
-def _max_cells(
-    arguments: argparse.Namespace, model: DryModel, options: ContextOptions
-) -> int | None:
-    from ..byte_size import parse_bytes
-    from ..errors import OptionError
-
-    text = arguments.kv_max_cells
-    if text is None:
+def _max_cells(cap: Cap | None, model: DryModel, options: ContextOptions) -> int | None:
+    if cap is None:
         return None
-    if text.isdigit():
-        cells = int(text)
-    else:
-        one, two = (model.context(options, cells) for cells in (256, 512))
-        per_cell = max(1, (two.kv - one.kv) // 256)
-        cells = parse_bytes("--kv-max-cells", text) // per_cell
-    if cells < 256:
-        raise OptionError(f"--kv-max-cells {text} is {cells} cells: it must be at least 256")
-    return cells
+    one, two = (model.context(options, cells) for cells in (256, 512))
+    return cap.cells((two.kv - one.kv) / 256)
 
 
 # The vision part.
@@ -274,7 +277,11 @@ def _print(
 ) -> None:
     what = f"{reading.text_tokens} tokens of text"
     if reading.images:
-        size = f" of {arguments.size}" if arguments.mmproj and not arguments.image_tokens else ""
+        size = (
+            " of {}x{}".format(*arguments.size)
+            if arguments.mmproj and not arguments.image_tokens
+            else ""
+        )
         plural = "s" if reading.images > 1 else ""
         pictures = f"{reading.images} picture{plural}{size}"
         what = f"{pictures} ({reading.image_tokens} tokens each), {what}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..budget import Budget
-from ..errors import DecodeError, KVMergeError, OptionError
+from ..errors import DecodeError, KVMergeError
 from ..llama import Llama, llama_cpp
 from ..media import find_media
 from ..policies import Policy
@@ -189,15 +188,3 @@ def common_prefix(lists: Sequence[Sequence[int]]) -> int:
             break
         n += 1
     return n
-
-
-def check_budget(budget: float) -> None:
-    """Check a fraction to keep.
-
-    Raises
-    ------
-    OptionError
-        If it is none, or keeps all.
-    """
-    if not (math.isfinite(budget) and 0 < budget < 1):
-        raise OptionError(f"a budget must be a fraction between 0 and 1, not {budget:g}")

@@ -71,17 +71,32 @@ def summary(answers: Sequence[Answer]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def check_page(file: Path) -> None:
+    """Check that tables can be put into a file.
+
+    Raises
+    ------
+    OptionError
+        If it cannot be read, or has no marks for them.
+    """
+    _with_blocks(file, dict.fromkeys(_BLOCKS, ""))
+
+
 def update(file: Path, blocks: dict[str, str]) -> None:
     """Put tables between the marks ``<!-- quality:NAME -->`` and ``<!-- /quality -->`` of a file.
 
     Raises
     ------
     OptionError
-        If it has no such marks.
+        If it cannot be read, or has no such marks.
     """
+    file.write_text(_with_blocks(file, blocks), encoding="utf-8")
+
+
+def _with_blocks(file: Path, blocks: dict[str, str]) -> str:
     try:
         text = file.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{file} cannot be read: {error}") from error
     found = False
     for name, block in blocks.items():
@@ -95,7 +110,7 @@ def update(file: Path, blocks: dict[str, str]) -> None:
             f"{file} has no place for a table: it needs the lines <!-- quality:NAME --> and "
             f"<!-- /quality -->, where NAME is one of {', '.join(_BLOCKS)}"
         )
-    file.write_text(text, encoding="utf-8")
+    return text
 
 
 def _title(scores: Scores) -> str:
