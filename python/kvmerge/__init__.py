@@ -17,6 +17,7 @@ from . import _library
 _library.prepare()
 
 if TYPE_CHECKING:
+    from .access import MediaAccess
     from .errors import KVMergeError
     from .llama import Llama
     from .policies import (
@@ -51,6 +52,7 @@ __all__ = [
     "Llama",
     "LookM",
     "MadaKV",
+    "MediaAccess",
     "Mosaic",
     "Policy",
     "Pyramid",
@@ -71,6 +73,7 @@ _MODULES = {
     "Llama": ".llama",
     "LookM": ".policies",
     "MadaKV": ".policies",
+    "MediaAccess": ".access",
     "Mosaic": ".policies",
     "Policy": ".policies",
     "Pyramid": ".policies",

@@ -11,20 +11,16 @@ import hashlib
 import os
 import secrets
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import llama_cpp
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp import mtmd_cpp
 from llama_cpp._utils import suppress_stdout_stderr
 from llama_cpp.llama_chat_format import (
     ChatFormatterResponse,
-    Jinja2ChatFormatter,
     MTMDChatHandler,
     chat_formatter_to_chat_completion_handler,
 )
@@ -39,9 +35,11 @@ from .errors import (
     UnsupportedError,
 )
 from .gguf_file import check_gguf
-from .media import MediaPart, as_png, find_media, media_type
+from .media import MediaPart, find_media
 from .native_log import caught
+from .picture import PictureError, is_jpeg_as_it_is
 from .prompt import Prompt, Segment, placeholder_ids
+from .template import ChatTemplate
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -51,14 +49,128 @@ if TYPE_CHECKING:
 class _Chunk:
     """A medium in a prompt: `kvmerge.prompt.Media` over a chunk of libmtmd."""
 
-    handler: ChatHandler
-    pointer: Any
+    prompt: _Chunks
+    index: int
     digest: str
     modality: str
     n_tokens: int
 
+    @property
+    def pointer(self) -> Any:
+        """The chunk of libmtmd, with what is needed to encode it."""
+        return self.prompt.filled(self.index)
+
     def decode(self, position: int) -> int:
-        return self.handler.decode_chunk(self, position)
+        return self.prompt.handler.decode_chunk(self, position)
+
+
+class _Changed(MediaError):
+    """What a name leads to is not what it did before, and is needed again."""
+
+
+class _Chunks:
+    """libmtmd's chunks of a prompt.
+
+    Media that are in the cache are given to libmtmd as nothing but their size: it counts their
+    tokens, and they are neither had nor decoded. Should one have to be read again after all, the
+    prompt is prepared once more with it.
+    """
+
+    def __init__(
+        self,
+        handler: ChatHandler,
+        text: bytes,
+        parts: list[MediaPart],
+        digests: list[str],
+        empty: set[str],
+    ) -> None:
+        self.handler = handler
+        self._text = text
+        self._parts = parts
+        self._digests = digests
+        self._is_empty = [digest in empty for digest in digests]
+        self._chunks: Any = None
+        self._prepare()
+
+    def close(self) -> None:
+        """Free them."""
+        chunks, self._chunks = self._chunks, None
+        if chunks is not None:
+            mtmd_cpp.mtmd_input_chunks_free(chunks)
+
+    def _prepare(self) -> None:
+        handler = self.handler
+        with ExitStack() as pixels:
+            bitmaps = []
+            for part, digest, is_empty in zip(
+                self._parts, self._digests, self._is_empty, strict=True
+            ):
+                bitmap = handler._empty_bitmap(digest) if is_empty else handler._bitmap(part)
+                pixels.callback(mtmd_cpp.mtmd_bitmap_free, bitmap)
+                mtmd_cpp.mtmd_bitmap_set_id(bitmap, digest.encode())
+                bitmaps.append(bitmap)
+                if not is_empty:
+                    handler._note_size(digest, bitmap)
+            chunks = mtmd_cpp.mtmd_input_chunks_init()
+            if chunks is None:
+                raise MemoryError("libmtmd could not allocate a prompt")
+            self.close()
+            self._chunks = chunks
+            source = mtmd_cpp.mtmd_input_text()
+            source.text = self._text
+            source.text_len = len(self._text)
+            source.add_special = True
+            source.parse_special = True
+            array = (mtmd_cpp.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
+            with caught() as errors:
+                status = mtmd_cpp.mtmd_tokenize(
+                    handler.mtmd_ctx, chunks, ctypes.byref(source), array, len(bitmaps)
+                )
+            if status != 0:
+                raise MediaError(
+                    f"libmtmd could not prepare the prompt: {errors.reason or f'status {status}'}"
+                )
+
+    def filled(self, index: int) -> Any:
+        """Return a chunk with its content, and prepare what comes after it too."""
+        chunk = mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+        first = self._digests.index(mtmd_cpp.mtmd_input_chunk_get_id(chunk).decode())
+        needed = [i for i, is_empty in enumerate(self._is_empty) if is_empty and i >= first]
+        if not needed:
+            return chunk
+        for i in needed:
+            if self._parts[i].digest != self._digests[i]:
+                raise _Changed(f"{self._parts[i].label} is not what it was when it was last read")
+            self._is_empty[i] = False
+        self._prepare()
+        return mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+
+    def segments(self) -> list[Segment]:
+        """Return the text tokens, and the media with what stands for them."""
+        n = int(mtmd_cpp.mtmd_input_chunks_size(self._chunks))
+        slices: dict[bytes, int] = {}
+        return [self._segment(i, slices) for i in range(n)]
+
+    def _segment(self, index: int, slices: dict[bytes, int]) -> Segment:
+        chunk = mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+        kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
+        if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            count = ctypes.c_size_t()
+            tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
+            return Segment([tokens[i] for i in range(count.value)])
+        n_tokens = int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
+        bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(chunk) or b""
+        # Some models cut a picture into slices: all have its id, each is another input.
+        number = slices.get(bitmap_id, 0)
+        slices[bitmap_id] = number + 1
+        digest = _digest_of_slice(bitmap_id, number)
+        modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
+        media = _Chunk(self, index, digest, modality, n_tokens)
+        return Segment(placeholder_ids(digest, n_tokens), media)
+
+
+def _digest_of_slice(digest: bytes, number: int) -> str:
+    return hashlib.sha256(digest + b"/%d" % number).hexdigest()
 
 
 class _ReadAlready:
@@ -113,6 +225,10 @@ class ChatHandler(MTMDChatHandler):
         self._marker = f"<__media_{secrets.token_hex(8)}__>"
         self._marker_bytes = self._marker.encode()
         self._llama: weakref.ref[Llama] | None = None
+        self._templates: ChatTemplate | None = None
+        # Of media that were seen: what they led to, and how large that is.
+        self._digests: dict[Any, str] = {}
+        self._sizes: dict[str, tuple[str, tuple[int, int]]] = {}
 
     # Loading.
 
@@ -161,51 +277,31 @@ class ChatHandler(MTMDChatHandler):
 
     # From messages to a prompt.
 
-    @staticmethod
-    def _convert_content_part_for_template(part: Any, media_marker: str) -> Any:
-        if media_type(part) is not None:
-            return {"type": "text", "text": media_marker}
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        return part
-
-    def _render(self, llama: Llama, messages: list[Any], options: dict[str, Any]) -> str:
-        """Return the text of a chat, with a marker at the place of each medium."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[Jinja2ChatFormatter.IgnoreGenerationTags, loopcontrols],
-        )
-        environment.filters["tojson"] = Jinja2ChatFormatter.tojson
-
-        def raise_exception(message: str) -> None:
-            raise OptionError(f"the chat template refuses these messages: {message}")
-
+    def _template(self, llama: Llama) -> ChatTemplate:
         template = llama.metadata.get("tokenizer.chat_template")
         if not template:
             raise ModelError(
                 f"{llama.model_path} has no chat template (tokenizer.chat_template), which chats "
                 "with pictures need"
             )
-        try:
-            return environment.from_string(template).render(
-                messages=self._get_template_messages(messages, self._marker),
-                add_generation_prompt=True,
-                eos_token=self._piece(llama, llama.token_eos()),
-                bos_token=self._piece(llama, llama.token_bos()),
-                raise_exception=raise_exception,
-                strftime_now=Jinja2ChatFormatter.strftime_now,
-                **options,
-            )
-        except jinja2.TemplateError as error:
-            raise OptionError(f"the chat template cannot show these messages: {error}") from error
+        if self._templates is None or self._templates.source != template:
+            self._templates = ChatTemplate.of(llama, template)
+        return self._templates
 
-    @staticmethod
-    def _piece(llama: Llama, token: int) -> str:
-        return "" if token == -1 else llama._model.token_get_text(token)
+    def text(self, llama: Llama, messages: list[Any], options: Mapping[str, Any]) -> str:
+        """Return the text of a chat, with a marker at the place of each medium.
+
+        Raises
+        ------
+        OptionError
+            If the chat template does not take the messages.
+        """
+        return self._template(llama).render(messages, self._marker, template_options(options))
+
+    # From files to libmtmd.
 
     def _bitmap(self, part: MediaPart) -> Any:
-        """Return libmtmd's bitmap of a file."""
+        """Return libmtmd's bitmap of a picture or sound."""
         support = (
             mtmd_cpp.mtmd_support_vision
             if part.modality == "image"
@@ -214,93 +310,116 @@ class ChatHandler(MTMDChatHandler):
         if not support(self.mtmd_ctx):
             kind = "pictures" if part.modality == "image" else "sounds"
             raise UnsupportedError(f"{part.label}: {self.clip_model_path} does not take {kind}")
-        bitmap = self._bitmap_of_bytes(part.data)
-        if bitmap is None and part.modality == "image":
-            png = as_png(part.data)
-            bitmap = None if png is None else self._bitmap_of_bytes(png)
+        if part.modality == "image":
+            bitmap = self._bitmap_of_picture(part)
+        else:
+            content = part.content
+            assert isinstance(content, bytes)
+            bitmap = self._bitmap_of_bytes(content)
         if bitmap is None:
-            raise part.error(f"is not one that can be read (it begins with {part.data[:8]!r})")
+            raise part.error("is not one that can be read")
         if mtmd_cpp.mtmd_bitmap_is_audio(bitmap) != (part.modality == "audio"):
             mtmd_cpp.mtmd_bitmap_free(bitmap)
             raise part.error("is of the other kind: a picture given as sound or the reverse")
-        mtmd_cpp.mtmd_bitmap_set_id(bitmap, part.digest.encode())
         return bitmap
+
+    def _bitmap_of_picture(self, part: MediaPart) -> Any:
+        content = part.content
+        if isinstance(content, bytes):
+            try:
+                as_it_is = is_jpeg_as_it_is(content)
+            except PictureError as error:
+                raise part.error(str(error)) from error
+            if as_it_is and (bitmap := self._bitmap_of_bytes(content)) is not None:
+                return bitmap
+        picture = part.picture()
+        pixels = picture.tobytes()
+        buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
+        return mtmd_cpp.mtmd_bitmap_init(picture.width, picture.height, buffer)
 
     def _bitmap_of_bytes(self, data: bytes) -> Any:
         assert self.mtmd_ctx is not None
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(self.mtmd_ctx, buffer, len(data), False)
 
-    def head(self, text: str, n_media: int) -> str:
-        """Return the beginning of a text up to the end of its n-th marker."""
-        pieces = text.split(self._marker, n_media)
-        return text[: len(text) - len(pieces[-1])]
+    def _empty_bitmap(self, digest: str) -> Any:
+        """Return a bitmap that has the size of a medium that was seen, and no content."""
+        modality, size = self._sizes[digest]
+        if modality == "audio":
+            return mtmd_cpp.mtmd_bitmap_init_from_audio(size[0], None)
+        return mtmd_cpp.mtmd_bitmap_init(*size, None)
+
+    def _note_size(self, digest: str, bitmap: Any) -> None:
+        modality = "audio" if mtmd_cpp.mtmd_bitmap_is_audio(bitmap) else "image"
+        size = mtmd_cpp.mtmd_bitmap_get_nx(bitmap), mtmd_cpp.mtmd_bitmap_get_ny(bitmap)
+        _note(self._sizes, digest, (modality, size))
+
+    def _digest(self, part: MediaPart, cached: Container[str]) -> str:
+        """Return the digest of a medium, without having it where it is known.
+
+        A file counts as known as long as its size and time of change are what they were; a URL as
+        long as what it led to is in the cache.
+        """
+        if part.url is not None:
+            source: Any = part.url
+            digest = self._digests.get(source)
+            if digest is not None and _digest_of_slice(digest.encode(), 0) in cached:
+                return digest
+        elif part.file is not None:
+            try:
+                stat = part.file.stat()
+            except OSError as error:
+                raise part.error(f"cannot be read: {error.strerror}") from error
+            source = (part.file, stat.st_size, stat.st_mtime_ns)
+            if source in self._digests:
+                return self._digests[source]
+        else:
+            return part.digest
+        _note(self._digests, source, part.digest)
+        return part.digest
 
     @contextmanager
-    def _prompt(
-        self, text: str, parts: list[MediaPart], is_beginning: bool = True
+    def prompt(
+        self, text: str, parts: list[MediaPart], *, is_read: bool = True
     ) -> Iterator[Prompt]:
-        """Tokenize a text with markers; the prompt's media live until the end of the block."""
+        """Tokenize a text with markers; the prompt's media live until the end of the block.
+
+        Parameters
+        ----------
+        text : str
+            What `text` returned.
+        parts : list of MediaPart
+            The media of its messages.
+        is_read : bool
+            Whether the prompt is to be read, and not only its tokens are asked for.
+
+        Raises
+        ------
+        MediaError
+            If one of the media cannot be had or read.
+        """
         shown = text.count(self._marker)
         if shown != len(parts):
             raise MediaError(
                 f"the chat template shows {shown} of the messages' {len(parts)} pictures and "
                 "sounds: it does not take them at that place"
             )
-        with ExitStack() as stack, ExitStack() as pixels:
+        llama = None if self._llama is None else self._llama()
+        cached = set() if llama is None else {span.digest for span in llama.media_spans}
+        digests = [self._digest(part, cached) for part in parts]
+        empty = {
+            digest
+            for digest in digests
+            if digest in self._sizes
+            and (not is_read or _digest_of_slice(digest.encode(), 0) in cached)
+        }
+        with ExitStack() as stack:
             if parts:
                 # The media are gone by then, and may have been large.
                 stack.callback(trim)
-            bitmaps = []
-            for part in parts:
-                bitmap = self._bitmap(part)
-                pixels.callback(mtmd_cpp.mtmd_bitmap_free, bitmap)
-                bitmaps.append(bitmap)
-            chunks = mtmd_cpp.mtmd_input_chunks_init()
-            if chunks is None:
-                raise MemoryError("libmtmd could not allocate a prompt")
-            stack.callback(mtmd_cpp.mtmd_input_chunks_free, chunks)
-            encoded = text.encode("utf-8")
-            source = mtmd_cpp.mtmd_input_text()
-            source.text = encoded
-            source.text_len = len(encoded)
-            source.add_special = is_beginning
-            source.parse_special = True
-            array = (mtmd_cpp.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            with caught() as errors:
-                status = mtmd_cpp.mtmd_tokenize(
-                    self.mtmd_ctx, chunks, ctypes.byref(source), array, len(bitmaps)
-                )
-            if status != 0:
-                raise MediaError(
-                    f"libmtmd could not prepare the prompt: {errors.reason or f'status {status}'}"
-                )
-            pixels.close()
-            yield Prompt([self._segment(chunks, i) for i in range(self._n_chunks(chunks))])
-
-    @staticmethod
-    def _n_chunks(chunks: Any) -> int:
-        return int(mtmd_cpp.mtmd_input_chunks_size(chunks))
-
-    def _segment(self, chunks: Any, index: int) -> Segment:
-        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, index)
-        kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
-        if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            count = ctypes.c_size_t()
-            tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-            return Segment([tokens[i] for i in range(count.value)])
-        n_tokens = int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
-        bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(chunk) or b""
-        # Some models cut a picture into slices: all have its id, each is another input.
-        slices = sum(
-            mtmd_cpp.mtmd_input_chunk_get_id(mtmd_cpp.mtmd_input_chunks_get(chunks, i)) == bitmap_id
-            for i in range(index)
-            if mtmd_cpp.mtmd_input_chunk_get_type(mtmd_cpp.mtmd_input_chunks_get(chunks, i)) == kind
-        )
-        digest = hashlib.sha256(bitmap_id + b"/%d" % slices).hexdigest()
-        modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
-        media = _Chunk(self, chunk, digest, modality, n_tokens)
-        return Segment(placeholder_ids(digest, n_tokens), media)
+            chunks = _Chunks(self, text.encode("utf-8"), parts, digests, empty)
+            stack.callback(chunks.close)
+            yield Prompt(chunks.segments())
 
     # Reading.
 
@@ -309,25 +428,26 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         if llama is None:
             raise DecodeError("the Llama of this chat handler is gone")
-        at_once = min(chunk.n_tokens, llama.n_batch)
-        if (
-            mtmd_cpp.mtmd_decode_use_non_causal(self.mtmd_ctx, chunk.pointer)
-            and at_once > llama.context_params.n_ubatch
-        ):
-            raise OptionError(
-                f"this model reads a picture of {chunk.n_tokens} tokens at once: "
-                f"n_batch and n_ubatch must be at least {chunk.n_tokens}, not {llama.n_batch} and "
-                f"{llama.context_params.n_ubatch}"
-            )
+        pointer = chunk.pointer
+        at_once = llama.n_batch
+        if mtmd_cpp.mtmd_decode_use_non_causal(self.mtmd_ctx, pointer):
+            # Its tokens see each other only when they are read together.
+            at_once = max(at_once, chunk.n_tokens)
+            sizes = llama_cpp.llama_n_batch(llama.ctx), llama_cpp.llama_n_ubatch(llama.ctx)
+            if chunk.n_tokens > min(sizes):
+                raise OptionError(
+                    f"this model reads a picture of {chunk.n_tokens} tokens at once: n_batch and "
+                    f"n_ubatch must be at least {chunk.n_tokens}, not {sizes[0]} and {sizes[1]}"
+                )
         after = llama_cpp.llama_pos(position)
         with caught() as errors:
             status = mtmd_cpp.mtmd_helper_eval_chunk_single(
                 self.mtmd_ctx,
                 llama.ctx,
-                chunk.pointer,
+                pointer,
                 llama_cpp.llama_pos(position),
                 llama_cpp.llama_seq_id(0),
-                llama.n_batch,
+                at_once,
                 False,
                 ctypes.byref(after),
             )
@@ -344,11 +464,18 @@ class ChatHandler(MTMDChatHandler):
         """Answer a chat; called by `Llama.create_chat_completion`."""
         if self.mtmd_ctx is None:
             self.load(llama)
-        text = self._render(llama, messages, template_options(options))
-        with self._prompt(text, find_media(messages)) as prompt:
-            tokens = prompt.tokens
-            llama.read(prompt)
+        text, media = self.text(llama, messages, options), find_media(messages, llama.media_access)
+        try:
+            tokens = self._read(llama, text, media)
+        except _Changed:
+            self._digests.clear()
+            tokens = self._read(llama, text, media)
         return self.answer(llama, tokens, messages, **options)
+
+    def _read(self, llama: Llama, text: str, media: list[MediaPart]) -> list[int]:
+        with self.prompt(text, media) as prompt:
+            llama.read(prompt)
+            return prompt.tokens
 
     def answer(self, llama: Llama, tokens: list[int], messages: list[Any], **options: Any) -> Any:
         """Answer a chat whose prompt was read as these tokens."""
@@ -364,11 +491,20 @@ class ChatHandler(MTMDChatHandler):
         )
 
 
+def _note(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remember something, and forget what was remembered longest ago."""
+    memory.pop(key, None)
+    memory[key] = value
+    while len(memory) > _REMEMBERED:
+        del memory[next(iter(memory))]
+
+
 def template_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a chat's options that its template sees."""
     return {name: value for name, value in options.items() if name not in _ANSWER_OPTIONS}
 
 
+_REMEMBERED = 4096
 _TOOL_OPTIONS = ("functions", "function_call", "tools", "tool_choice")
 _ANSWER_OPTIONS = (
     "temperature",

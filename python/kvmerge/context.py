@@ -10,15 +10,15 @@ from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jinja2
-from llama_cpp import llama_chat_format
 from llama_cpp.llama import Llama as StockLlama
 
-from .chat import ChatHandler, template_options
+from .chat import ChatHandler
 from .errors import OptionError, StateError, UnknownOptionError, UnsupportedError, did_you_mean
 from .media import find_media
-from .prompt import Prompt, Segment
+from .messages import check_messages
+from .prompt import Prompt
 from .snapshot import Snapshot
+from .text_chat import TextHandler
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -63,9 +63,7 @@ class Context:
 
     def __init__(self, llama: Llama, messages: Sequence[Any], options: dict[str, Any]) -> None:
         self._llama = llama
-        self._messages = list(messages)
-        if not self._messages:
-            raise OptionError("messages is empty: a context needs something to read")
+        self._messages = check_messages(messages)
         self._options = _DEFAULTS | _checked(options)
         self._chat: _Chat = _chat_of(llama)
         self._base: Snapshot | None = None
@@ -99,7 +97,7 @@ class Context:
             turn = [{"role": role, "content": text}]
             try:
                 taken.append(self._taken(self._followed_by(turn)))
-            except (ValueError, jinja2.TemplateError) as error:
+            except ValueError as error:
                 refusal = error
                 if not taken and not self._joins and role == self._messages[-1].get("role"):
                     # It wants roles to alternate: what is asked is a part of the last message.
@@ -152,7 +150,7 @@ class Context:
             raise OptionError("the question is empty: pass a text or messages")
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
-        messages = self._followed_by(list(question))
+        messages = self._followed_by(check_messages(question))
         llama._check_media(messages)
         chosen = self._options | _checked(options)
         self._asked += 1
@@ -174,7 +172,7 @@ class Context:
         llama = self._llama
         with self._chat.prompt(messages, options) as prompt:
             n = len(base.tokens)
-            if prompt is not None and prompt.tokens[:n] == base.tokens.tolist():
+            if prompt.tokens[:n] == base.tokens.tolist():
                 tokens = prompt.tokens
                 llama.read(prompt, merge=False)
                 return self._chat.answer(tokens, messages, options)
@@ -229,7 +227,7 @@ class _Chat(Protocol):
         """Return a block with the prompt that is common to all chats, which begin with messages."""
 
     def prompt(self, messages: Messages, options: dict[str, Any]) -> Any:
-        """Return a block with the prompt of a chat; None if its beginning differs."""
+        """Return a block with the prompt of a chat."""
 
     def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
         """Answer a chat whose prompt was read."""
@@ -248,118 +246,60 @@ def _chat_of(llama: Llama) -> _Chat:
 
 
 class _MediaChat:
-    """Chats with pictures: what comes up to the last picture of the context is prepared once."""
+    """Chats with pictures; those of the context are prepared once."""
 
     def __init__(self, llama: Llama, handler: ChatHandler) -> None:
         self._llama = llama
         self._handler = handler
-        self._head = ""
-        self._head_tokens: list[int] = []
-        self._n_media = 0
-
-    def _text(self, messages: Messages, options: dict[str, Any]) -> str:
-        return self._handler._render(self._llama, messages, template_options(options))
 
     def check(self, messages: Messages, options: dict[str, Any]) -> None:
-        self._text(messages, options)
+        self._handler.text(self._llama, messages, options)
 
     @contextmanager
     def start(
         self, messages: Messages, chats: list[Messages], options: dict[str, Any]
     ) -> Iterator[Prompt]:
-        media = find_media(messages)
-        self._n_media = len(media)
-        self._head = self._handler.head(self._text(chats[0], options), len(media))
-        if not media:
-            self._head_tokens = []
-            yield self._common(chats, options)
-            return
-        with self._handler._prompt(self._head, media) as head:
-            self._head_tokens = head.tokens
-            common = self._common(chats, options)
-            yield Prompt([*head.segments, *common.segments[1:]])
-
-    def _common(self, chats: list[Messages], options: dict[str, Any]) -> Prompt:
-        """Return what chats have in common: the head, and the text after it."""
-        rests = []
-        for chat in chats:
-            with self.prompt(chat, options) as prompt:
-                if prompt is not None:
-                    rests.append(prompt.tokens[len(self._head_tokens) :])
-        return Prompt([Segment(self._head_tokens), Segment(os.path.commonprefix(rests))])
+        media = find_media(messages, self._llama.media_access)
+        first, *others = [self._handler.text(self._llama, chat, options) for chat in chats]
+        with self._handler.prompt(first, media) as prompt:
+            tokens = [prompt.tokens]
+            for text in others:
+                with self._handler.prompt(text, media, is_read=False) as other:
+                    tokens.append(other.tokens)
+            yield prompt.beginning(len(os.path.commonprefix(tokens)))
 
     @contextmanager
-    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt | None]:
-        text, media = self._text(messages, options), find_media(messages)[self._n_media :]
-        if not text.startswith(self._head):
-            yield None
-            return
-        rest = text[len(self._head) :]
-        with self._handler._prompt(rest, media, is_beginning=not self._head) as prompt:
-            yield Prompt([Segment(self._head_tokens), *prompt.segments])
+    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt]:
+        media = find_media(messages, self._llama.media_access)
+        text = self._handler.text(self._llama, messages, options)
+        with self._handler.prompt(text, media) as prompt:
+            yield prompt
 
     def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
         return self._handler.answer(self._llama, tokens, messages, **options)
 
 
 class _TextChat:
-    """Chats of text only: a chat format of llama-cpp-python, asked what it would read."""
+    """Chats of text only: a chat format is asked what it would read."""
 
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
-        self._format: Any = llama._chat_handlers.get(
-            llama.chat_format
-        ) or llama_chat_format.get_chat_completion_handler(llama.chat_format)
-
-    def _tokens(self, messages: Messages, options: dict[str, Any]) -> list[int]:
-        try:
-            self._format(
-                llama=_Asked(self._llama), messages=messages, **{**options, "stream": False}
-            )
-        except _PromptMade as made:
-            return made.tokens
-        raise UnsupportedError(
-            f"chat_format={self._llama.chat_format!r} completes no prompt: context() needs one "
-            "that does"
-        )
+        self._handler = TextHandler.of(llama, llama.chat_format)
 
     def check(self, messages: Messages, options: dict[str, Any]) -> None:
-        self._tokens(messages, options)
+        self._handler.tokens(self._llama, messages, options)
 
     @contextmanager
     def start(
         self, messages: Messages, chats: list[Messages], options: dict[str, Any]
     ) -> Iterator[Prompt]:
-        tokens = [self._tokens(chat, options) for chat in chats]
+        tokens = [self._handler.tokens(self._llama, chat, options) for chat in chats]
         yield Prompt.from_tokens(os.path.commonprefix(tokens))
 
     @contextmanager
-    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt | None]:
-        yield Prompt.from_tokens(self._tokens(messages, options))
+    def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt]:
+        yield Prompt.from_tokens(self._handler.tokens(self._llama, messages, options))
 
     def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
         self._llama._prefilled = True
         return self._llama.create_chat_completion(messages, **options)
-
-
-class _Asked:
-    """Stands in for a `Llama` to learn which prompt a chat format makes; nothing is read."""
-
-    def __init__(self, llama: Llama) -> None:
-        self._llama = llama
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llama, name)
-
-    def create_completion(self, prompt: str | list[int], **_: Any) -> Any:
-        if isinstance(prompt, str):
-            prompt = self._llama.tokenize(prompt.encode("utf-8"), special=True)
-        raise _PromptMade(list(prompt))
-
-
-class _PromptMade(Exception):
-    """The prompt that a chat format would have completed."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        super().__init__("a chat format made its prompt")
-        self.tokens = tokens

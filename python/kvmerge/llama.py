@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _backends, _library
+from .access import MediaAccess
 from .budget import Budget
 from .cap import Cap
 from .errors import (
@@ -33,6 +34,7 @@ from .errors import (
     did_you_mean,
 )
 from .gguf_file import check_gguf
+from .messages import check_messages, check_text
 from .native_log import caught, set_verbose
 from .policies import Policy, resolve
 from .prompt import MediaSpan, Prompt
@@ -69,6 +71,7 @@ _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
     | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
+    | {"media_access"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _MIB = 1024 * 1024
@@ -106,6 +109,14 @@ def _cache_type(option: str, value: object) -> int | None:
         f"{option}={value!r} is not a cache type: it must be one of {names}, or the matching "
         f"llama_cpp.GGML_TYPE_* number.{did_you_mean(value, CACHE_TYPES)}"
     )
+
+
+def _media_access(value: object) -> MediaAccess:
+    if value is None:
+        return MediaAccess.everything()
+    if isinstance(value, MediaAccess):
+        return value
+    raise OptionError(f"media_access={value!r}: it must be a kvmerge.MediaAccess, or None for all")
 
 
 def _whole_number(option: str, value: object, low: int) -> int:
@@ -147,6 +158,9 @@ class Llama(StockLlama):
         layer and KV head.  The flow between modalities is then measured for every policy.
     image_min_tokens, image_max_tokens : int, optional
         Bounds on the tokens of a picture, for models whose pictures vary in size.
+    media_access : MediaAccess, optional
+        Which files and URLs messages may name; all unless given. Programs that serve others pass
+        ``MediaAccess()``, which is none.
     **options
         Everything that `llama_cpp.Llama` takes.  ``type_k`` and ``type_v`` also take names such as
         ``"q8_0"``.  A keyword that neither class has raises, instead of being ignored.
@@ -181,6 +195,7 @@ class Llama(StockLlama):
         kv_trace: bool = False,
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
+        media_access: MediaAccess | None = None,
         **options: Any,
     ) -> None:
         self._engine: Engine | None = None
@@ -194,6 +209,7 @@ class Llama(StockLlama):
         self._whole = _whole_number("keep_last_images", keep_last_images, 0)
         self._trace = kv_trace
         self._image_tokens = (image_min_tokens, image_max_tokens)
+        self._access = _media_access(media_access)
         self._check_combination(mmproj, options)
 
         path = check_gguf(model_path, "model", ModelError)
@@ -306,6 +322,11 @@ class Llama(StockLlama):
             raise OptionError(f"{option}= needs kv_merge=, which is None: say how to merge")
         if mmproj is not None and handler is not None:
             raise OptionError("mmproj= brings its own chat handler: pass it or chat_handler=")
+        if mmproj is not None and options.get("chat_format") is not None:
+            raise OptionError(
+                f"chat_format={options['chat_format']!r} is not used beside mmproj=: chats are "
+                "written as the model's own chat template says"
+            )
         if mmproj is None and self._image_tokens != (None, None):
             raise OptionError("image_min_tokens= and image_max_tokens= need mmproj=")
         if merging and hasattr(handler, "clip_model_path"):
@@ -375,6 +396,7 @@ class Llama(StockLlama):
             "kv_trace": self._trace,
             "image_min_tokens": self._image_tokens[0],
             "image_max_tokens": self._image_tokens[1],
+            "media_access": self._access,
         }
 
     # Tokens, positions and cells.
@@ -723,10 +745,23 @@ class Llama(StockLlama):
         A later call whose messages begin with those of the one before reads only what is new.
         """
         self._check_open()
-        self._check_media(messages)
-        return super().create_chat_completion(messages, *args, **options)
+        return super().create_chat_completion(self._checked(messages), *args, **options)
 
-    def _check_media(self, messages: Any) -> None:
+    def _checked(self, messages: Any) -> list[Any]:
+        """Return messages in the form that the chat handler takes."""
+        from .text_chat import TextHandler
+
+        if self.chat_handler is None:
+            self._chat_handlers[self.chat_format] = TextHandler.of(self, self.chat_format)
+        elif not hasattr(self.chat_handler, "load"):
+            # Somebody else's, which may know other parts.
+            check_text(messages := list(messages), "messages")
+            return messages
+        messages = check_messages(messages)
+        self._check_media(messages)
+        return messages
+
+    def _check_media(self, messages: list[Any]) -> None:
         if self.chat_handler is not None:
             return
         from .media import find_media
@@ -880,6 +915,11 @@ class Llama(StockLlama):
     def policy(self) -> Policy | None:
         """How the cache is merged; None when merging is off."""
         return self._policy
+
+    @property
+    def media_access(self) -> MediaAccess:
+        """Which files and URLs messages may name."""
+        return self._access
 
     @property
     def kv_trace(self) -> bool:

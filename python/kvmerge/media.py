@@ -5,36 +5,37 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import http.client
+import io
 import os
-import urllib.error
+import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from .access import AccessError, MediaAccess
 from .errors import MediaError
+from .messages import MEDIA_TYPES, media_source
+from .picture import PictureError, picture_of
 
 ACCEPTED_SOURCES = (
-    "a path, a file://, http:// or https:// URL, a data: URI, bytes, or a PIL.Image.Image"
+    "a path, a file://, http:// or https:// URL, a data: URI, base64, bytes, an open file, a "
+    "PIL.Image.Image, or a NumPy array"
 )
 ACCEPTED_FORMATS = {
-    "image": "JPEG, PNG, BMP, GIF, TGA, PSD or PNM, and with Pillow all that it opens",
+    "image": "JPEG, PNG, GIF, WebP, BMP, TIFF and all else that Pillow opens",
     "audio": "WAV, MP3 or FLAC",
 }
-URL_TIMEOUT_S = 30
-MAX_BYTES = 256 * 1024 * 1024
 
-_PART_TYPES = {
-    "image_url": "image",
-    "image": "image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-}
 _SHOWN = 80
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
+_SOUND = re.compile(rb"RIFF....WAVE|ID3|fLaC|\xff[\xe0-\xff]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class MediaPart:
         ``"image"`` or ``"audio"``.
     source : object
         What the message gives: see `ACCEPTED_SOURCES`.
+    access : MediaAccess
+        Which files and URLs may be read.
     """
 
     number: int
     modality: str
     source: Any
+    access: MediaAccess = field(default_factory=MediaAccess.everything)
 
     @property
     def label(self) -> str:
@@ -61,10 +65,11 @@ class MediaPart:
         kind = "picture" if self.modality == "image" else "sound"
         source = self.source
         if isinstance(source, (bytes, bytearray, memoryview)):
-            shown = f"{len(bytes(source))} bytes"
+            shown = f"{memoryview(source).nbytes} bytes"
         elif isinstance(source, (str, os.PathLike)):
             shown = os.fsdecode(source)
             shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 1] + "…"
+            shown = shown.encode("utf-8", "backslashreplace").decode()
         else:
             shown = type(source).__name__
         return f"{kind} {self.number} ({shown})"
@@ -77,8 +82,8 @@ class MediaPart:
         )
 
     @cached_property
-    def data(self) -> bytes:
-        """The bytes of the file.
+    def content(self) -> bytes | Image.Image:
+        """The bytes of the file; the picture itself where it is one of Pillow or an array.
 
         Raises
         ------
@@ -86,14 +91,14 @@ class MediaPart:
             If they cannot be had.
         """
         source = self.source
+        if self.modality == "image" and isinstance(source, (Image.Image, np.ndarray)):
+            return self._picture(source)
         if isinstance(source, (bytes, bytearray, memoryview)):
             data = bytes(source)
-        elif isinstance(source, os.PathLike):
-            data = self._from_file(Path(source))
-        elif isinstance(source, str):
-            data = self._from_string(source)
-        elif hasattr(source, "save") and hasattr(source, "convert"):
-            data = _png(source)
+        elif isinstance(source, (str, os.PathLike)):
+            data = self._named()
+        elif callable(getattr(source, "read", None)):
+            data = self._opened(source)
         else:
             raise self.error(f"is of type {type(source).__name__}")
         if not data:
@@ -102,110 +107,181 @@ class MediaPart:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the bytes, in hex."""
-        return hashlib.sha256(self.data).hexdigest()
+        """SHA-256 of the bytes, in hex; of size and pixels where it is no file."""
+        content = self.content
+        if isinstance(content, bytes):
+            return hashlib.sha256(content).hexdigest()
+        size = b"%d %d " % content.size
+        return hashlib.sha256(size + content.tobytes()).hexdigest()
 
-    def _from_string(self, url: str) -> bytes:
-        scheme = url.partition(":")[0].lower() if ":" in url[:32] else ""
-        if scheme == "data":
-            return self._from_data_uri(url)
-        if scheme in ("http", "https"):
-            return self._from_url(url)
-        if scheme == "file":
+    @cached_property
+    def file(self) -> Path | None:
+        """The file that is named, if one is.
+
+        Raises
+        ------
+        MediaError
+            If it is not there or may not be read.
+        """
+        source = self.source
+        if isinstance(source, (str, os.PathLike)) and self.url is None and self._inline is None:
             try:
-                parts = urllib.parse.urlsplit(url)
-            except ValueError as error:
-                raise self.error(f"is not a URL: {error}") from error
-            if parts.netloc not in ("", "localhost"):
-                raise self.error(f"is on another machine ({parts.netloc})")
-            return self._from_file(Path(urllib.request.url2pathname(parts.path)))
-        if len(scheme) > 1 and "://" in url:
-            raise self.error(f"has a URL of the kind {scheme}://, which is not fetched")
-        return self._from_file(Path(url).expanduser())
+                return self.access.file(self._path(os.fsdecode(source)))
+            except AccessError as error:
+                raise self.error(str(error)) from error
+        return None
+
+    @cached_property
+    def url(self) -> str | None:
+        """The http:// or https:// URL, if there is one.
+
+        Raises
+        ------
+        MediaError
+            If it may not be fetched.
+        """
+        source = self.source
+        if not isinstance(source, str) or _scheme(source) not in ("http", "https"):
+            return None
+        try:
+            self.access.check_url(source.strip())
+        except AccessError as error:
+            raise self.error(str(error)) from error
+        return source.strip()
+
+    def picture(self) -> Image.Image:
+        """Return the picture as a model sees it.
+
+        Raises
+        ------
+        MediaError
+            If it is none that can be read.
+        """
+        content = self.content
+        return self._picture(content) if isinstance(content, bytes) else content
+
+    def _picture(self, source: Any) -> Image.Image:
+        try:
+            return picture_of(source)
+        except PictureError as error:
+            raise self.error(str(error)) from error
+
+    # Where the bytes come from.
+
+    def _named(self) -> bytes:
+        if self._inline is not None:
+            return self._inline
+        try:
+            if self.url is not None:
+                return self.access.fetch(self.url)
+            assert self.file is not None
+            return self.access.read(self.file)
+        except AccessError as error:
+            raise self.error(str(error)) from error
+
+    def _opened(self, source: Any) -> bytes:
+        """Read an open file, and put it back to where it stood, for the next call."""
+        try:
+            start = source.tell() if source.seekable() else None
+            data = source.read(self.access.max_bytes + 1)
+            if start is not None:
+                source.seek(start)
+        except Exception as error:  # It may be an object of any class.
+            raise self.error(f"cannot be read: {type(error).__name__}") from error
+        if isinstance(data, str):
+            raise self.error("is a file opened as text: open it with mode 'rb'")
+        if not isinstance(data, (bytes, bytearray)):
+            raise self.error(f"is a file that gives {type(data).__name__}, not bytes")
+        if len(data) > self.access.max_bytes:
+            raise self.error(f"is larger than {self.access.max_bytes} bytes")
+        return bytes(data)
+
+    @cached_property
+    def _inline(self) -> bytes | None:
+        """What a string itself contains: a data: URI, or base64 without one, as Ollama takes it."""
+        source = self.source
+        if not isinstance(source, str):
+            return None
+        if _scheme(source) == "data":
+            return self._from_data_uri(source.strip())
+        if len(source) < 16 or not _BASE64.fullmatch(source):
+            return None
+        try:
+            data = decode_base64(source)
+        except ValueError:
+            return None
+        if self.modality == "audio":
+            return data if _SOUND.match(data) else None
+        try:
+            Image.open(io.BytesIO(data)).close()
+        except Exception:  # It is something else, such as a path.
+            return None
+        return data
 
     def _from_data_uri(self, uri: str) -> bytes:
         head, comma, body = uri.partition(",")
         if not comma:
             raise self.error("is a data: URI without a comma")
-        if not head.lower().endswith(";base64"):
-            return urllib.parse.unquote_to_bytes(body)
+        options = [option.strip().lower() for option in head.split(";")[1:]]
+        data = urllib.parse.unquote_to_bytes(body.encode("utf-8", "replace"))
+        if "base64" not in options:
+            return data
         try:
-            return base64.b64decode(urllib.parse.unquote(body), validate=True)
-        except (binascii.Error, ValueError) as error:
+            return decode_base64(data.decode("latin-1"))
+        except ValueError as error:
             raise self.error(f"is a data: URI whose base64 is broken ({error})") from error
 
-    def _from_file(self, file: Path) -> bytes:
-        try:
-            if file.is_dir():
-                raise self.error("is a folder")
-            return file.read_bytes()
-        except FileNotFoundError as error:
-            raise self.error("does not exist") from error
-        except (OSError, ValueError) as error:
-            raise self.error(f"cannot be read: {error}") from error
-
-    def _from_url(self, url: str) -> bytes:
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "kvmerge"})
-            with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as response:
-                data: bytes = response.read(MAX_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            raise self.error(f"was refused: HTTP {error.code} {error.reason}") from error
-        except urllib.error.URLError as error:
-            raise self.error(f"cannot be reached: {error.reason}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise self.error(f"cannot be fetched: {error}") from error
-        if len(data) > MAX_BYTES:
-            raise self.error(f"is larger than {MAX_BYTES // (1024 * 1024)} MiB")
-        return data
+    def _path(self, name: str) -> Path:
+        scheme = _scheme(name)
+        if scheme == "file":
+            try:
+                parts = urllib.parse.urlsplit(name.strip())
+            except ValueError as error:
+                raise self.error(f"is not a URL: {error}") from error
+            if parts.netloc not in ("", "localhost"):
+                raise self.error(f"is on another machine ({parts.netloc[:_SHOWN]})")
+            return Path(urllib.request.url2pathname(parts.path))
+        if len(scheme) > 1 and "://" in name:
+            raise self.error(f"has a URL of the kind {scheme}://, which is not fetched")
+        return Path(name)
 
 
-def _png(image: Any) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+def _scheme(text: str) -> str:
+    start = text[:40].lstrip()
+    return start.partition(":")[0].lower() if ":" in start else ""
 
 
-def as_png(data: bytes) -> bytes | None:
-    """Return a picture that llama.cpp does not read itself as PNG, or None if it is not one."""
-    import io
+def decode_base64(text: str) -> bytes:
+    """Decode base64 as it is found: with line breaks, URL-safe, or without padding.
 
+    Raises
+    ------
+    ValueError
+        If it holds anything else.
+    """
+    packed = re.sub(r"\s+", "", text).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        from PIL import Image
-    except ImportError:
-        return None
-    try:
-        return _png(Image.open(io.BytesIO(data)))
-    except Exception:  # Pillow's plug-ins raise whatever they like on damaged files.
-        return None
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from error
 
 
-def media_type(part: Any) -> str | None:
-    """Return ``"image"`` or ``"audio"`` for a content part that is one, else None."""
-    if not isinstance(part, Mapping):
-        return None
-    return _PART_TYPES.get(str(part.get("type")))
+def find_media(messages: Any, access: MediaAccess | None = None) -> list[MediaPart]:
+    """Return the pictures and sounds of messages in order.
 
+    Parameters
+    ----------
+    messages : list of dict
+        As `kvmerge.messages.check_messages` returns them.
+    access : MediaAccess, optional
+        Which files and URLs may be read; all unless given.
 
-def _source(part: Mapping[str, Any], number: int, modality: str) -> Any:
-    name = str(part["type"])
-    source = part.get(name)
-    if isinstance(source, Mapping):
-        for key in ("url", "data"):
-            if key in source:
-                source = source[key]
-                break
-        if name == "input_audio" and isinstance(source, str):
-            source = f"data:;base64,{source}"
-    if source is None or isinstance(source, Mapping):
-        raise MediaPart(number, modality, source).error(f"has no {name!r} content")
-    return source
-
-
-def find_media(messages: Iterable[Mapping[str, Any]]) -> list[MediaPart]:
-    """Return the pictures and sounds of messages in order."""
+    Raises
+    ------
+    MediaError
+        If a part has no content.
+    """
+    access = MediaAccess.everything() if access is None else access
     found: list[MediaPart] = []
     counts = {"image": 0, "audio": 0}
     for message in messages:
@@ -213,9 +289,13 @@ def find_media(messages: Iterable[Mapping[str, Any]]) -> list[MediaPart]:
         if not isinstance(content, (list, tuple)):
             continue
         for part in content:
-            modality = media_type(part)
+            modality = MEDIA_TYPES.get(str(part.get("type"))) if isinstance(part, Mapping) else None
             if modality is not None:
                 counts[modality] += 1
-                source = _source(part, counts[modality], modality)
-                found.append(MediaPart(counts[modality], modality, source))
+                source = media_source(part)
+                if source is None:
+                    raise MediaPart(counts[modality], modality, None).error(
+                        f"has no {part['type']!r} content"
+                    )
+                found.append(MediaPart(counts[modality], modality, source, access))
     return found

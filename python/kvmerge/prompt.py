@@ -75,6 +75,18 @@ class Prompt:
         """All token ids."""
         return [token for segment in self.segments for token in segment.ids]
 
+    def beginning(self, n_tokens: int) -> Prompt:
+        """Return the first tokens as a prompt; media are in it as a whole or not at all."""
+        segments, left = [], n_tokens
+        for segment in self.segments:
+            if left < len(segment.ids) and segment.media is not None:
+                break
+            segments.append(Segment(segment.ids[:left], segment.media))
+            left -= len(segments[-1].ids)
+            if not left:
+                break
+        return Prompt(segments)
+
     def n_media_tokens(self, modality: str) -> int:
         """Return how many tokens are of a modality."""
         return sum(

@@ -17,6 +17,7 @@ from ..budget import Budget
 from ..errors import DecodeError, KVMergeError
 from ..llama import Llama, llama_cpp
 from ..media import find_media
+from ..messages import check_messages
 from ..policies import Policy
 from ..prompt import MediaSpan, Prompt
 from .methods import FLOW_ROWS, WINDOW, Method
@@ -87,8 +88,9 @@ class Reader:
     def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
         """Return a chat as `create_chat_completion` reads it; valid until `forget_prompts`."""
         handler: Any = self._llama.chat_handler
-        text = handler._render(self._llama, messages, {})
-        return self._live.enter_context(handler._prompt(text, find_media(messages)))
+        messages = check_messages(messages)
+        text = handler.text(self._llama, messages, {})
+        return self._live.enter_context(handler.prompt(text, find_media(messages)))
 
     def forget_prompts(self) -> None:
         """Free the media of all prompts."""

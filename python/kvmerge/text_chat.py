@@ -1,0 +1,138 @@
+"""Chats of text only: the chat formats of llama-cpp-python, with what they leave out put right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llama_cpp import llama_chat_format
+
+from .errors import KVMergeError, OptionError, UnsupportedError
+from .messages import check_text, joined
+from .template import cannot_show, takes_parts
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+
+class TextHandler:
+    """The chat handler of a chat format; `Llama` puts it in the place of llama-cpp-python's own.
+
+    A format that shows only texts gets the parts of a message joined, BOS stands once, and what a
+    format raises about messages is an `OptionError`.
+
+    Parameters
+    ----------
+    name : str
+        The chat format.
+    format : callable
+        Its handler.
+    """
+
+    def __init__(self, name: str, format: Any) -> None:
+        self._name = name
+        self._format = format
+        self._takes_parts: bool | None = None
+
+    @classmethod
+    def of(cls, llama: Llama, name: str) -> TextHandler:
+        """Return the handler of a chat format by name."""
+        known = llama._chat_handlers.get(name)
+        if isinstance(known, cls):
+            return known
+        return cls(name, known or llama_chat_format.get_chat_completion_handler(name))
+
+    def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
+        """Answer a chat."""
+        for name in ("functions", "tools"):
+            check_text(options.get(name), name)
+        shown = messages if self._shows(llama, messages) else joined(messages)
+        reader = _Reader(llama)
+        try:
+            return self._format(llama=reader, messages=shown, **options)
+        except (KVMergeError, MemoryError):
+            raise
+        except Exception as error:  # A format runs operations of Python on what it is given.
+            if reader.is_reached:
+                raise
+            raise cannot_show(error) from error
+
+    def _shows(self, llama: Llama, messages: list[dict[str, Any]]) -> bool:
+        if all(isinstance(message["content"], str) for message in messages):
+            return True
+        if self._takes_parts is None:
+            self._takes_parts = takes_parts(lambda tried: self._text(llama, tried))
+        return self._takes_parts
+
+    def tokens(self, llama: Llama, messages: list[dict[str, Any]], options: Any) -> list[int]:
+        """Return the prompt of a chat, which is not read.
+
+        Raises
+        ------
+        OptionError
+            If the format does not take the messages.
+        """
+        try:
+            self(llama=_Asked(llama), messages=messages, **{**options, "stream": False})
+        except _PromptMade as made:
+            return made.tokens
+        raise UnsupportedError(
+            f"chat_format={self._name!r} completes no prompt: context() needs one that does"
+        )
+
+    def _text(self, llama: Llama, messages: list[dict[str, Any]]) -> str:
+        asked = _Asked(llama)
+        try:
+            self._format(llama=asked, messages=messages)
+        except _PromptMade as made:
+            return made.text
+        raise OptionError(f"chat_format={self._name!r} completes no prompt")
+
+
+class _Stand:
+    """Stands before a `Llama` for a chat format, which turns messages into a prompt."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+
+class _Reader(_Stand):
+    """Writes BOS once, and knows whether a format has come as far as its prompt."""
+
+    is_reached = False
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        model = self._llama._model
+        if add_bos and special and (token := self._llama.token_bos()) != -1:
+            add_bos = not text.startswith(model.token_get_text(token).encode() or b"\0")
+        return self._llama.tokenize(text, add_bos, special)
+
+    def create_completion(self, *arguments: Any, **options: Any) -> Any:
+        self.is_reached = True
+        return self._llama.create_completion(*arguments, **options)
+
+
+class _Asked(_Stand):
+    """Lets a chat format make its prompt; nothing is read."""
+
+    _text = ""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        self._text = text.decode("utf-8", "replace")
+        return self._llama.tokenize(text, add_bos, special)
+
+    def create_completion(self, prompt: str | list[int], **_: Any) -> Any:
+        if isinstance(prompt, str):
+            prompt = self.tokenize(prompt.encode("utf-8"), special=True)
+        raise _PromptMade(list(prompt), self._text)
+
+
+class _PromptMade(Exception):
+    """The prompt that a chat format would have completed."""
+
+    def __init__(self, tokens: list[int], text: str) -> None:
+        super().__init__("a chat format made its prompt")
+        self.tokens = tokens
+        self.text = text
