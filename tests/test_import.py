@@ -56,8 +56,9 @@ def alone(tmp_path: Path) -> Path:
     """Everything that is installed but llama-cpp-python, for ``python -S`` and PYTHONPATH."""
     folder = tmp_path / "alone"
     folder.mkdir()
-    # An editable install is on the path by a file that -S does not read.
-    for site in (Path(numpy.__file__).parents[1], Path(kvmerge.__file__).parents[1]):
+    # An editable install is on the path by a file that -S does not read, and leaves a folder of the
+    # same name with the other packages.
+    for site in (Path(kvmerge.__file__).parents[1], Path(numpy.__file__).parents[1]):
         for entry in site.iterdir():
             if not entry.name.startswith("llama_cpp") and not (folder / entry.name).exists():
                 (folder / entry.name).symlink_to(entry)
