@@ -276,7 +276,7 @@ def _of_array(array: npt.NDArray[Any]) -> Image.Image:
                 "0 to 1"
             )
         array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
-    elif array.dtype == np.uint16:
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = (array >> 8 if array.max() > 255 else array).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise PictureError(
