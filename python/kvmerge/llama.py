@@ -737,6 +737,9 @@ class Llama(StockLlama):
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
         self._check_open()
+        for name, value in {"prompt": args[:1], **options}.items():
+            if name in ("prompt", "suffix", "stop"):
+                check_text(value, name)
         return super().create_completion(*args, **options)
 
     def create_chat_completion(self, messages: Any, *args: Any, **options: Any) -> Any:

@@ -34,6 +34,7 @@ ACCEPTED_FORMATS = {
 }
 
 _SHOWN = 80
+_LONGEST_PATH = 1 << 15
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
 _SOUND = re.compile(rb"RIFF....WAVE|ID3|fLaC|\xff[\xe0-\xff]", re.DOTALL)
 
@@ -233,6 +234,8 @@ class MediaPart:
 
     def _path(self, name: str) -> Path:
         scheme = _scheme(name)
+        if len(name) > _LONGEST_PATH:
+            raise self.error(f"has {len(name)} characters, and is no base64 of a {self.modality}")
         if scheme == "file":
             try:
                 parts = urllib.parse.urlsplit(name.strip())
