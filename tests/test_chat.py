@@ -324,3 +324,12 @@ def test_template_that_forgets_pictures(llama: Factory, prompt: pocket.Prompt) -
     llm.metadata["tokenizer.chat_template"] = "{{ messages[-1].content }}"
     with pytest.raises(errors.MediaError, match="shows 0 of the messages' 4"):
         answer(llm, prompt.messages(0))
+
+
+def test_shorter_chat_after_a_merge(llama: Factory) -> None:
+    """A cache is not cut right behind a token that was merged away: nothing could follow on it."""
+    llm = llama(kv_merge="mosaic", kv_budget=5)
+    for contents in (["", ""], [""], ["Hello"], ["", "Hello"]):
+        messages = [{"role": "user", "content": content} for content in contents]
+        assert isinstance(answer(llm, messages, max_tokens=1), str)
+        assert llm.kv_stats().tokens == llm.n_tokens

@@ -547,7 +547,21 @@ bool kvmerge_engine::may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     const int32_t last  = seq_id < 0 ? sequences.size() : seq_id + 1;
 
     for (int32_t s = first; s < last; ++s) {
-        if (cells.seq_pos_min(s) >= 0 && !is_whole(cells, s, p0, p1) && p0 < sequences[s].pos_merged) {
+        const llama_pos end = sequences[s].pos_merged;
+
+        if (cells.seq_pos_min(s) < 0 || end == 0 || is_whole(cells, s, p0, p1)) {
+            continue;
+        }
+
+        if (p0 < end) {
+            return false;
+        }
+
+        // what is read next has to follow on a cell, and the last of the merged tokens may have none of its own
+        const auto & seq_pos = cells.seq_pos_get(s);
+        const auto   before  = seq_pos.lower_bound({ p0 - 1, 0 });
+
+        if (p0 == end && before != seq_pos.end() && before->first != p0 - 1) {
             return false;
         }
     }
