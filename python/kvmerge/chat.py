@@ -221,6 +221,8 @@ class ChatHandler(MTMDChatHandler):
                 raise OptionError(f"{name}={value!r}: {name} must be at least 1")
         super().__init__(os.fspath(file), verbose=False)
         self._image_tokens = (image_min_tokens, image_max_tokens)
+        # At the end of the interpreter the modules may be gone before this.
+        self._mtmd_free = mtmd_cpp.mtmd_free
         # A marker that no message can contain by chance or on purpose.
         self._marker = f"<__media_{secrets.token_hex(8)}__>"
         self._marker_bytes = self._marker.encode()
@@ -273,7 +275,7 @@ class ChatHandler(MTMDChatHandler):
     def _free(self) -> None:
         context, self.mtmd_ctx = self.mtmd_ctx, None
         if context is not None:
-            mtmd_cpp.mtmd_free(context)
+            self._mtmd_free(context)
 
     # From messages to a prompt.
 
