@@ -10,6 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from llama_cpp import mtmd_cpp
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from conftest import Factory, answer
@@ -333,3 +334,60 @@ def test_shorter_chat_after_a_merge(llama: Factory) -> None:
         messages = [{"role": "user", "content": content} for content in contents]
         assert isinstance(answer(llm, messages, max_tokens=1), str)
         assert llm.kv_stats().tokens == llm.n_tokens
+
+
+@pytest.fixture
+def non_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tokens of a picture see each other, as in Gemma 3: the pocket model does not ask."""
+    decode = ChatHandler.decode_chunk
+
+    def decoded(self: ChatHandler, chunk: Any, position: int) -> int:
+        llama_cpp.llama_set_causal_attn(self._llama().ctx, False)  # type: ignore[misc]
+        try:
+            return decode(self, chunk, position)
+        finally:
+            llama_cpp.llama_set_causal_attn(self._llama().ctx, True)  # type: ignore[misc]
+
+    monkeypatch.setattr(mtmd_cpp, "mtmd_decode_use_non_causal", lambda *_: True)
+    monkeypatch.setattr(ChatHandler, "decode_chunk", decoded)
+
+
+def logits_of(llm: Any, messages: Any) -> Any:
+    llm.create_chat_completion(messages, max_tokens=1)
+    logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(logits, (llm.n_vocab(),)).copy()
+
+
+@pytest.mark.usefixtures("non_causal")
+def test_non_causal_picture_is_read_at_once(llama: Factory, prompt: pocket.Prompt) -> None:
+    """Its tokens see each other, however few tokens are read at a time otherwise."""
+    messages = prompt.messages(0)
+    expected = logits_of(llama(), messages)
+    small = llama()
+    small.n_batch = 24
+    assert np.allclose(logits_of(small, messages), expected, atol=1e-3)
+    pieces = llama(n_batch=64, n_ubatch=64)
+    assert np.allclose(logits_of(pieces, messages), expected, atol=1e-3)
+    capped = llama(kv_merge="auto", kv_budget=1.0, kv_max_cells=512)
+    capped.n_batch = 24
+    assert np.allclose(logits_of(capped, messages), expected, atol=1e-3)
+
+
+@pytest.mark.usefixtures("non_causal")
+@pytest.mark.parametrize("options", [{"n_batch": 32}, {"n_ubatch": 32}, {"n_batch": 63}])
+def test_non_causal_picture_that_does_not_fit(
+    options: dict[str, int], llama: Factory, prompt: pocket.Prompt
+) -> None:
+    llm = llama(**options)
+    with pytest.raises(errors.OptionError, match="picture of 64 tokens.*must be at least 64"):
+        answer(llm, prompt.messages(0))
+    assert isinstance(answer(llm, [{"role": "user", "content": "Hello"}]), str)
+
+
+@pytest.mark.usefixtures("non_causal")
+def test_non_causal_pictures_under_a_cap(llama: Factory) -> None:
+    asked = pocket.make_prompt(np.random.default_rng(3), 12)
+    llm = llama(kv_merge="auto", kv_max_cells=512)
+    llm.n_batch = 24
+    assert isinstance(answer(llm, asked.messages(0)), str)
+    assert llm.engine is not None and llm.engine.size() <= 512
