@@ -56,6 +56,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.drip(PNG)
         elif name == "slow_head":
             self.drip(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000)
+        elif name == "chunks":
+            self.protocol_version = "HTTP/1.1"
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"40\r\n" + PNG[:30])
+            self.close_connection = True
+        elif name == "no_http":
+            self.wfile.write(b"SSH-2.0-secret banner\r\n")
+        elif name == "odd_length":
+            self.wfile.write(b"HTTP/1.1 200 secret\r\nContent-Length: secret\r\n\r\n")
+        elif name == "odd_status":
+            self.wfile.write(b"HTTP/1.1 500 secret\r\n\r\nsecret")
         elif name == "large":
             self.send_response(200)
             self.end_headers()
@@ -364,6 +377,21 @@ def test_size(server: str) -> None:
         access = MediaAccess(urls=True, private_addresses=True, max_bytes=size)
         with pytest.raises(errors.MediaError, match="is larger than"):
             content(f"{server}/{path}", access)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("chunks", "cut off"),
+        ("no_http", "cannot be fetched"),
+        ("odd_length", "picture 1"),
+        ("odd_status", "HTTP 500 Internal Server Error"),
+    ],
+)
+def test_what_was_received_is_not_told(path: str, said: str, server: str) -> None:
+    with pytest.raises(errors.MediaError, match=said) as caught:
+        MediaPart(1, "image", f"{server}/{path}").picture()
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("most", [0, 3])

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 import kvmerge
 from conftest import Factory, answer, make_llama
 from kvmerge import errors, pocket
-from kvmerge.media import MediaPart
+from kvmerge.media import MediaPart, as_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -534,6 +534,32 @@ def test_no_bytes_in_messages(llm: kvmerge.Llama, tmp_path: Path) -> None:
         with pytest.raises(errors.MediaError) as caught:
             shown(llm, source)
         assert "toor" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P1\nhunter2 is the password\n" * 3,
+        b"P2\n4 4\nhunter2\n",
+        b"P2\n2 2\n255\nhunter2 5 5 5\n",
+        b"P6 hunter2hunter2hunter2",
+        b"#define hunter2_width 9\n#define hunter2_height x\n",
+        b"/* XPM */\nhunter2\n",
+        b"GIF89ahunter2hunter2",
+        b"BMhunter2hunter2hunter2hunter2",
+    ],
+)
+def test_no_words_of_a_file_in_messages(data: bytes, llm: kvmerge.Llama) -> None:
+    with pytest.raises(errors.MediaError) as caught:
+        shown(llm, data)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_shown_as_a_file() -> None:
+    written = Image.open(io.BytesIO(as_png(photo(6, "JPEG"))))
+    assert (written.format, written.mode, written.size) == ("PNG", "RGB", (48, 32))
+    with pytest.raises(errors.MediaError, match="does not exist"):
+        as_png("nowhere.png")
 
 
 def test_no_warnings(llm: kvmerge.Llama) -> None:

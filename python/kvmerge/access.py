@@ -192,16 +192,23 @@ class MediaAccess:
                 return self._download(url, watch)
             except AccessError:
                 raise
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = f"HTTP {error.code} {_words(error.reason)}"
-                raise AccessError(f"was refused: {said}") from error
             except (OSError, ValueError, http.client.HTTPException) as error:
-                if watch.is_over:
-                    raise AccessError(f"did not come within {self.timeout_s:g} s") from error
-                if isinstance(error, urllib.error.URLError):
-                    raise AccessError(f"cannot be reached: {_words(error.reason)}") from error
-                raise AccessError(f"cannot be fetched: {_words(error)}") from error
+                raise AccessError(self._reason(error, watch)) from error
+
+    def _reason(self, error: Exception, watch: _Watch) -> str:
+        """Return in words why a download failed, without quoting what was received."""
+        if watch.is_over:
+            return f"did not come within {self.timeout_s:g} s"
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            return f"was refused: HTTP {error.code} {http.client.responses.get(error.code, '')}"
+        if isinstance(error, urllib.error.URLError):
+            return f"cannot be reached: {_words(error.reason)}"
+        if isinstance(error, http.client.IncompleteRead):
+            return "is cut off: the connection ended early"
+        if isinstance(error, OSError):
+            return f"cannot be fetched: {_words(error)}"
+        return f"cannot be fetched: {type(error).__name__}"
 
     def _download(self, url: str, watch: _Watch) -> bytes:
         opener = urllib.request.OpenerDirector()

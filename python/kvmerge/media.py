@@ -269,6 +269,28 @@ def decode_base64(text: str) -> bytes:
         raise ValueError(str(error)) from error
 
 
+def as_png(source: Any) -> bytes:
+    """Return what a model is shown of a picture as a PNG file, to look at.
+
+    Parameters
+    ----------
+    source : object
+        What a message may give: see `ACCEPTED_SOURCES`.
+
+    Raises
+    ------
+    MediaError
+        If it is no picture that can be read.
+    """
+    return _png(MediaPart(1, "image", source).picture())
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture_of(picture).save(file, "PNG")
+    return file.getvalue()
+
+
 def find_media(messages: Any, access: MediaAccess | None = None) -> list[MediaPart]:
     """Return the pictures and sounds of messages in order.
 

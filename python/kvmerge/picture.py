@@ -74,11 +74,13 @@ def picture_of(source: bytes | Image.Image | npt.NDArray[Any]) -> Image.Image:
         image.load()
         turn = _TURNS.get(_orientation(image))
         image = _on_white(image)
-        return image if turn is None else image.transpose(turn)
+        image = image if turn is None else image.transpose(turn)
+        image.info = {}  # What it says of the file, such as its orientation, no longer holds.
+        return image
     except PictureError:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they like.
-        raise PictureError(f"cannot be read: {_reason(error)}") from error
+        raise _unreadable(error, isinstance(source, bytes)) from error
 
 
 def is_jpeg_as_it_is(data: bytes) -> bool:
@@ -106,7 +108,7 @@ def is_jpeg_as_it_is(data: bytes) -> bool:
     except PictureError:
         raise
     except Exception as error:
-        raise PictureError(f"cannot be read: {_reason(error)}") from error
+        raise _unreadable(error, True) from error
     return True
 
 
@@ -122,18 +124,23 @@ def open_file(data: bytes) -> Image.Image:
     formats = [name for name in Image.OPEN if name not in _RUNS_PROGRAMS]
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.UnidentifiedImageError as error:
-        raise PictureError("is not one that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise _unreadable(error, True) from error
     except Exception as error:
-        raise PictureError(f"is not one that can be read: {_reason(error)}") from error
+        raise PictureError("is not one that can be read") from error
     if not ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut_off(image.format or "", data):
         raise PictureError(f"is cut off: the {image.format} file ends after {len(data)} bytes")
     return image
 
 
-def _reason(error: Exception) -> str:
+def _unreadable(error: Exception, is_file: bool) -> PictureError:
+    """Return Pillow's reason; not where it could quote what is in a file."""
+    if is_file and not isinstance(error, (OSError, Image.DecompressionBombError)):
+        return PictureError("cannot be read: the file is damaged")
     words = str(error) or type(error).__name__
-    return words if len(words) <= _REASON else words[: _REASON - 1] + "…"
+    return PictureError(
+        f"cannot be read: {words if len(words) <= _REASON else words[: _REASON - 1] + '…'}"
+    )
 
 
 # Files that end early. Pillow's decoders see most of them; some formats also say where they end.
