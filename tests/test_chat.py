@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -14,6 +15,7 @@ from llama_cpp import mtmd_cpp
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from conftest import Factory, answer
+from gemma_model import write_gemma_mmproj
 from kvmerge import errors, pocket
 from kvmerge.chat import ChatHandler
 from kvmerge.prompt import placeholder_ids
@@ -391,3 +393,36 @@ def test_non_causal_pictures_under_a_cap(llama: Factory) -> None:
     llm.n_batch = 24
     assert isinstance(answer(llm, asked.messages(0)), str)
     assert llm.engine is not None and llm.engine.size() <= 512
+
+
+@pytest.mark.parametrize("options", [{}, {"n_batch": 64}, {"n_ubatch": 32}])
+def test_batches_fit_a_picture_that_is_read_at_once(
+    options: dict[str, int], llama: Factory, tmp_path: Path
+) -> None:
+    """A projector like that of Gemma 3, whose pictures take more tokens than a batch has."""
+    n_tokens = write_gemma_mmproj(tmp_path / "gemma.gguf", side=192)
+    assert n_tokens == 576
+    llm = llama(mmproj=tmp_path / "gemma.gguf", **options)
+    assert llama_cpp.llama_n_batch(llm.ctx) == llama_cpp.llama_n_ubatch(llm.ctx) == n_tokens
+    picture = pocket.render_picture("red", "circle", "A", np.random.default_rng(0))
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, "What is it?"]}]
+    assert isinstance(answer(llm, messages, max_tokens=1), str)
+    assert [span.end - span.start for span in llm.media_spans] == [n_tokens]
+    expected = logits_of(llm, messages)
+    llm.reset()
+    llm.n_batch = 100
+    assert np.allclose(logits_of(llm, messages), expected, atol=1e-3)
+
+
+def test_batches_that_a_context_cannot_have(llama: Factory, tmp_path: Path) -> None:
+    write_gemma_mmproj(tmp_path / "gemma.gguf", side=192)
+    llm = llama(mmproj=tmp_path / "gemma.gguf", n_ctx=512)
+    picture = pocket.render_picture("red", "circle", "A", np.random.default_rng(0))
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, "What is it?"]}]
+    with pytest.raises(errors.ContextLengthError, match="n_ctx=512"):
+        answer(llm, messages)
+
+
+def test_batches_stay_where_pictures_are_causal(llama: Factory) -> None:
+    llm = llama(n_batch=32, n_ubatch=32)
+    assert llama_cpp.llama_n_batch(llm.ctx) == 32

@@ -73,6 +73,12 @@ FORMS: dict[str, Any] = {
     "Hugging Face": {"type": "image", "image": PNG},
     "Hugging Face, a URL": {"type": "image", "url": URI},
     "Hugging Face, base64": {"type": "image", "base64": BASE64},
+    "LangChain": {
+        "type": "image",
+        "source_type": "base64",
+        "data": BASE64,
+        "mime_type": "image/png",
+    },
 }
 
 
@@ -271,6 +277,7 @@ def test_picture_that_is_not_there(part: Any, said: str, with_pictures: kvmerge.
         ([{"role": "assistant", "content": None}], "has no content"),
         ([{"role": "user", "content": {"type": "text", "text": "x"}}], "a content of type dict"),
         ([{"role": "user", "content": 5}], "a content of type int"),
+        ([{"role": "user", "content": np.zeros(3)}], "part 1 is of type float64"),
         ([{"role": "user", "content": b"x"}], "a content of type bytes"),
         ([{"role": "user", "content": "x", "images": BASE64}], "'images' of type str"),
         ([{"role": "user", "content": "x", "videos": ["a.mp4"]}], "has 'videos' beside"),
@@ -334,6 +341,9 @@ def test_half_of_a_surrogate_pair(
             ([{"role": "user", "content": [picture]}], {}),
             ([{"role": "user", "content": [{"type": surrogate}]}], {}),
             (HELLO, {"tools": [tool], "tool_choice": "auto"}),
+            (HELLO, {"stop": [surrogate]}),
+            (HELLO, {"response_format": {"type": "json_object", "schema": {surrogate: 1}}}),
+            (HELLO, {"model": surrogate}),
         ):
             with pytest.raises(errors.KVMergeError) as caught:
                 answer(llm, messages, **options)

@@ -335,14 +335,13 @@ class ChatHandler(MTMDChatHandler):
             if as_it_is and (bitmap := self._bitmap_of_bytes(content)) is not None:
                 return bitmap
         picture = part.picture()
-        pixels = picture.tobytes()
-        buffer = (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels)
-        return mtmd_cpp.mtmd_bitmap_init(picture.width, picture.height, buffer)
+        return mtmd_cpp.mtmd_bitmap_init(*picture.size, _address(picture.tobytes()))
 
     def _bitmap_of_bytes(self, data: bytes) -> Any:
         assert self.mtmd_ctx is not None
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(self.mtmd_ctx, buffer, len(data), False)
+        return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(
+            self.mtmd_ctx, _address(data), len(data), False
+        )
 
     def _empty_bitmap(self, digest: str) -> Any:
         """Return a bitmap that has the size of a medium that was seen, and no content."""
@@ -491,6 +490,11 @@ class ChatHandler(MTMDChatHandler):
             messages=messages,
             **{name: options[name] for name in _TOOL_OPTIONS + _ANSWER_OPTIONS if name in options},
         )
+
+
+def _address(data: bytes) -> Any:
+    """Return bytes as what C reads them from; libmtmd copies what it keeps."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.POINTER(ctypes.c_uint8))
 
 
 def _note(memory: dict[Any, Any], key: Any, value: Any) -> None:

@@ -216,6 +216,7 @@ class Llama(StockLlama):
         handler = self._make_handler(mmproj)
         if handler is not None:
             options["chat_handler"] = handler
+            self._fit_batches(path, mmproj, options)
 
         self._positions: npt.NDArray[np.int32] = np.zeros(1, np.int32)
         self._known = 0
@@ -343,6 +344,18 @@ class Llama(StockLlama):
         from .chat import ChatHandler
 
         return ChatHandler(mmproj, *self._image_tokens)
+
+    def _fit_batches(self, path: Path, mmproj: Any, options: dict[str, Any]) -> None:
+        """Make batches large enough for pictures that have to be read at once."""
+        from .picture_batch import picture_batch
+        from .projector_size import ImageBounds
+
+        needed = picture_batch(path, mmproj, ImageBounds(*self._image_tokens))
+        for name in ("n_batch", "n_ubatch"):
+            given = options.get(name, _N_UBATCH)
+            if isinstance(given, Integral) and needed > int(given):
+                log.info("%s is %d: this model reads a picture at once", name, needed)
+                options[name] = needed
 
     # Life.
 
@@ -737,8 +750,8 @@ class Llama(StockLlama):
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
         self._check_open()
-        for name, value in {"prompt": args[:1], **options}.items():
-            if name in ("prompt", "suffix", "stop"):
+        for name, value in {"prompt": next(iter(args), None), **options}.items():
+            if name != "prompt" or isinstance(value, str):
                 check_text(value, name)
         return super().create_completion(*args, **options)
 
@@ -748,6 +761,8 @@ class Llama(StockLlama):
         A later call whose messages begin with those of the one before reads only what is new.
         """
         self._check_open()
+        for name, value in options.items():
+            check_text(value, name)
         return super().create_chat_completion(self._checked(messages), *args, **options)
 
     def _checked(self, messages: Any) -> list[Any]:

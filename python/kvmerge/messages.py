@@ -22,11 +22,11 @@ MEDIA_TYPES = {
 
 _SOURCES = {
     "image_url": ("image_url",),
-    "image": ("image", "source", "url", "path", "base64"),
+    "image": ("image", "source", "url", "path", "base64", "data"),
     "input_image": ("image_url",),
     "input_audio": ("input_audio",),
     "audio_url": ("audio_url",),
-    "audio": ("audio", "source", "url", "path", "base64"),
+    "audio": ("audio", "source", "url", "path", "base64", "data"),
 }
 """Where a part of each type says what to show."""
 
@@ -71,7 +71,7 @@ def media_source(part: Mapping[str, Any]) -> Any:
     kind = str(part["type"])
     key = next((key for key in _SOURCES[kind] if part.get(key) is not None), None)
     source = None if key is None else part[key]
-    is_base64 = kind == "input_audio" or key == "base64"
+    is_base64 = kind == "input_audio" or key in ("base64", "data")
     if isinstance(source, Mapping):
         is_base64 = is_base64 or source.get("type") == "base64"
         key = next(
@@ -149,7 +149,8 @@ def _message(message: Any, number: int) -> dict[str, Any]:
         )
     content = made.get("content")
     if content is None:
-        if not pictures and not (made.get("tool_calls") or made.get("function_call")):
+        calls = made.get("tool_calls"), made.get("function_call")
+        if not pictures and all(map(_is_nothing, calls)):
             raise OptionError(f"{where} has no content: it must be a text or a list of parts")
         content = ""
     if isinstance(content, str):
