@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp import llama_chat_format
+from PIL import Image
 
 import kvmerge
 from conftest import Factory, answer, make_llama
@@ -399,7 +400,40 @@ def test_format_that_forgets_lists(llama: Factory) -> None:
         assert llm.input_ids[: llm.n_tokens].tolist() == expected, name
 
 
+def test_unknown_chat_format(llama: Factory) -> None:
+    llm = llama(mmproj=None, chat_format="chatlmm")
+    with pytest.raises(
+        errors.OptionError, match="'chatlmm' is not a chat format. Did you mean 'chat"
+    ):
+        answer(llm, HELLO)
+
+
+def test_message_that_a_format_leaves_out(llama: Factory, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names it: formats of llama-cpp-python know a few roles, and drop all others."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "tool", "content": "It is five."}]
+    named = "message 2 (role 'tool')"
+    llm = llama(mmproj=None, chat_format="chatml")
+    answer(llm, messages, max_tokens=1)
+    assert any(named in line and "chatml" in line for line in caplog.messages)
+    picture = llama()
+    caplog.clear()
+    answer(picture, messages, max_tokens=1)
+    answer(picture, asking({"type": "image", "image": PNG}), max_tokens=1)
+    assert not any("leaves out" in line for line in caplog.messages)
+    picture.metadata["tokenizer.chat_template"] = "{{ messages[0].content }}"
+    answer(picture, messages, max_tokens=1)
+    assert any(named in line for line in caplog.messages)
+
+
 # Anything at all.
+
+
+class Message:
+    """What says of itself that it is a message."""
+
+    def model_dump(self, **_: Any) -> Any:
+        return {"role": "user", "content": [self]}
+
 
 words = st.one_of(
     st.text(max_size=12),
@@ -414,7 +448,11 @@ things = st.recursive(
         st.floats(),
         words,
         st.binary(max_size=8),
-        st.sampled_from([PNG, PNG[:-9], URI, BASE64, "nowhere.png", "ftp://x/y", object()]),
+        st.sampled_from([PNG, PNG[:-9], URI, BASE64, "nowhere.png", "ftp://x/y", object(), print]),
+        st.sampled_from(
+            [Image.new("RGB", (9, 9)), Image.new("La", (0, 9)), Path(), io.BytesIO(PNG)]
+        ),
+        st.sampled_from([np.zeros((4, 4)), np.zeros(0), np.float32(1), Message(), 10**400, 1j]),
     ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=5,

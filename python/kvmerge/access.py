@@ -6,7 +6,6 @@ import http.client
 import ipaddress
 import os
 import socket
-import ssl
 import stat
 import threading
 import time
@@ -353,6 +352,8 @@ class _Connection(http.client.HTTPConnection):
         if tunnel:
             self._tunnel()  # type: ignore[attr-defined]
         if self.is_secure:
+            import ssl  # A Python that was built without it has everything else.
+
             context = ssl.create_default_context()
             self.sock = context.wrap_socket(self.sock, server_hostname=tunnel or self.host)
             self._watch.add(self.sock)

@@ -5,10 +5,14 @@ Nothing is left out silently: what is not known is refused by its name.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import OptionError, did_you_mean
+
+log = logging.getLogger("kvmerge")
 
 MEDIA_TYPES = {
     "image_url": "image",
@@ -97,6 +101,27 @@ def joined(messages: list[dict[str, Any]], media: str = "") -> list[dict[str, An
         else {**message, "content": "".join(map(text, message["content"]))}
         for message in messages
     ]
+
+
+def warn_of_left_out(messages: list[dict[str, Any]], text: str, what: str) -> None:
+    """Write to the log which messages a chat template leaves out of a prompt.
+
+    Templates show some roles only, and say nothing of others. What assistants said is not looked
+    at: many templates drop their reasoning on purpose.
+    """
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            continue
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+        shown = (str(part).strip() for part in parts if part)
+        if not all(part in text or json.dumps(part)[1:-1] in text for part in shown):
+            log.warning(
+                "%s leaves out some of message %d (role %s): the model does not see it",
+                what,
+                number,
+                _shown(message["role"]),
+            )
 
 
 def check_text(value: Any, where: str, depth: int = 0) -> None:

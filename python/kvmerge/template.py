@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .errors import KVMergeError, OptionError
-from .messages import MEDIA_TYPES, check_text, joined
+from .messages import MEDIA_TYPES, check_text, joined, warn_of_left_out
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -101,6 +101,7 @@ class ChatTemplate:
             shown = joined(messages, marker)
         text = self._render(shown, options)
         check_text(text, "the prompt")
+        warn_of_left_out(messages, text, "the chat template")
         # What the tokenizer adds is not written a second time.
         if self.adds_bos and self.bos:
             text = text.removeprefix(self.bos)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_cpp import llama_chat_format
 
-from .errors import KVMergeError, OptionError, UnsupportedError
-from .messages import check_text, joined
+from .errors import KVMergeError, OptionError, UnsupportedError, did_you_mean
+from .messages import check_text, joined, warn_of_left_out
 from .template import cannot_show, takes_parts
 
 if TYPE_CHECKING:
@@ -39,14 +39,21 @@ class TextHandler:
         known = llama._chat_handlers.get(name)
         if isinstance(known, cls):
             return known
-        return cls(name, known or llama_chat_format.get_chat_completion_handler(name))
+        try:
+            return cls(name, known or llama_chat_format.get_chat_completion_handler(name))
+        except llama_chat_format.LlamaChatCompletionHandlerNotFoundException as error:
+            names = sorted({*llama._chat_handlers, *_registered()})
+            raise OptionError(
+                f"chat_format={name!r} is not a chat format.{did_you_mean(name, names)} Known: "
+                + ", ".join(names)
+            ) from error
 
     def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Answer a chat."""
         for name in ("functions", "tools"):
             check_text(options.get(name), name)
         shown = messages if self._shows(llama, messages) else joined(messages)
-        reader = _Reader(llama)
+        reader = _Reader(llama, self._name, messages)
         try:
             return self._format(llama=reader, messages=shown, **options)
         except (KVMergeError, MemoryError):
@@ -88,6 +95,11 @@ class TextHandler:
         raise OptionError(f"chat_format={self._name!r} completes no prompt")
 
 
+def _registered() -> list[str]:
+    registry: Any = llama_chat_format.LlamaChatCompletionHandlerRegistry()
+    return list(registry._chat_handlers)
+
+
 class _Stand:
     """Stands before a `Llama` for a chat format, which turns messages into a prompt."""
 
@@ -101,9 +113,15 @@ class _Stand:
 class _Reader(_Stand):
     """Writes BOS once, and knows whether a format has come as far as its prompt."""
 
-    is_reached = False
+    def __init__(self, llama: Llama, name: str, messages: list[dict[str, Any]]) -> None:
+        super().__init__(llama)
+        self._name = name
+        self._messages = messages
+        self.is_reached = False
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        what = f"chat_format={self._name!r}"
+        warn_of_left_out(self._messages, text.decode("utf-8", "replace"), what)
         model = self._llama._model
         if add_bos and special and (token := self._llama.token_bos()) != -1:
             add_bos = not text.startswith(model.token_get_text(token).encode() or b"\0")
