@@ -105,8 +105,12 @@ def _loading() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         raise LibraryError(f"{error}: {BUILD_AGAIN}") from error
     _load_backends()
-    # Two files on /dev/null that llama_cpp opens: left open, Python ends with a ResourceWarning.
+    # It sends the process's own standard output to /dev/null and back around native calls, which
+    # two threads do to each other for good.  What the libraries say comes through their log.
     muted = importlib.import_module("llama_cpp._utils")
+    muted.suppress_stdout_stderr.__enter__ = lambda self: self
+    muted.suppress_stdout_stderr.__exit__ = lambda self, *error: None
+    # Two files on /dev/null that llama_cpp opens: left open, Python ends with a ResourceWarning.
     for file in (muted.outnull_file, muted.errnull_file):
         atexit.register(file.close)
 

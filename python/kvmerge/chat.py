@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 from llama_cpp import mtmd_cpp
-from llama_cpp._utils import suppress_stdout_stderr
 from llama_cpp.llama_chat_format import (
     ChatFormatterResponse,
     MTMDChatHandler,
@@ -258,7 +257,7 @@ class ChatHandler(MTMDChatHandler):
         low, high = self._image_tokens
         params.image_min_tokens = -1 if low is None else low
         params.image_max_tokens = -1 if high is None else high
-        with suppress_stdout_stderr(disable=self.verbose), caught() as errors:
+        with caught() as errors:
             context = mtmd_cpp.mtmd_init_from_file(
                 self.clip_model_path.encode(), llama_model.model, params
             )

@@ -62,6 +62,10 @@ class ClosedError(StateError):
     """The object was used after ``close()``."""
 
 
+class ForkedError(StateError):
+    """The object was made before the process forked, and is used in the new process."""
+
+
 class DecodeError(KVMergeError, RuntimeError):
     """llama.cpp could not run the model."""
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from .errors import (
     ClosedError,
     ContextLengthError,
     DecodeError,
+    ForkedError,
     MediaError,
     MergeError,
     ModelError,
@@ -39,6 +40,7 @@ from .native_log import caught, set_verbose
 from .policies import Policy, resolve
 from .prompt import MediaSpan, Prompt
 from .stats import KVStats, LayerFlow, MergeRecord
+from .turns import Stream, Turns, looks, takes_turn
 
 llama_cpp = _library.load()
 
@@ -75,6 +77,9 @@ _OUR_OPTIONS = frozenset(
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _MIB = 1024 * 1024
+_NATIVE = ("_ctx", "_model", "_batch", "tokenizer_")
+_abandoned: list[Any] = []
+"""What a forked process must neither use nor free."""
 
 
 class _Closed:
@@ -199,7 +204,9 @@ class Llama(StockLlama):
         **options: Any,
     ) -> None:
         self._engine: Engine | None = None
-        self._is_closed = False
+        self._is_closed = self._is_closing = False
+        self._process = os.getpid()
+        self._turns = Turns()
         mmproj = self._take_projector(mmproj, options)
         self._check_options(options)
         self._policy = resolve(kv_merge)
@@ -360,18 +367,40 @@ class Llama(StockLlama):
     # Life.
 
     def close(self) -> None:
-        """Free the model, the cache and the vision part; the object cannot be used after."""
+        """Free the model, the cache and the vision part; the object cannot be used after.
+
+        A call that runs in another thread ends with a `ClosedError` at its next token or batch.
+        """
         if getattr(self, "_is_closed", True):
             return
-        self._is_closed = True
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.detach()
-        stack = getattr(self, "_stack", None)
-        if stack is not None:
-            stack.close()
-        for name in ("_ctx", "_model", "_batch", "tokenizer_"):
+        if self._process != os.getpid():
+            self._abandon()
+            return
+        self._is_closing = True
+        with self._turns.call(ends_streams=True):
+            if self._is_closed:
+                return
+            self._is_closed = True
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.detach()
+            stack = getattr(self, "_stack", None)
+            if stack is not None:
+                stack.close()
+            self._make_unusable()
+
+    def _make_unusable(self) -> None:
+        for name in _NATIVE:
             setattr(self, name, _Closed())
+
+    def _abandon(self) -> None:
+        """In a forked process: free nothing, because the threads that would answer are not here."""
+        self._is_closed = True
+        stack = getattr(self, "_stack", None)
+        native = [getattr(self, name, None) for name in _NATIVE]
+        _abandoned.append((self._engine, native, None if stack is None else stack.pop_all()))
+        self._engine = None
+        self._make_unusable()
 
     def __del__(self) -> None:
         self.close()
@@ -389,8 +418,14 @@ class Llama(StockLlama):
         self.close()
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self._is_closed or self._is_closing:
             raise ClosedError("this Llama is closed: make a new one")
+        if self._process != os.getpid():
+            raise ForkedError(
+                "this Llama was made before the process forked, and its threads are not in the "
+                "new process: make a new Llama there, or start processes with "
+                'multiprocessing.set_start_method("spawn")'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_open()
@@ -454,6 +489,7 @@ class Llama(StockLlama):
         self._positions[n : end + 1] = positions
         self._known = self.n_tokens = end
 
+    @takes_turn
     def reset(self) -> None:
         """Forget what was read."""
         self._check_open()
@@ -461,6 +497,7 @@ class Llama(StockLlama):
         if not self._trim(0):
             self._clear()
 
+    @takes_turn
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens into the cache, after those that are there.
 
@@ -497,6 +534,7 @@ class Llama(StockLlama):
             self._decode(tokens[start : start + self.n_batch])
 
     def _decode(self, batch: Sequence[int]) -> None:
+        self._check_open()
         n, position = self.n_tokens, self._position(self.n_tokens)
         self._batch.set_batch(batch=batch, n_past=position, logits_all=self._logits_all)
         self._requires_eval = True
@@ -517,6 +555,7 @@ class Llama(StockLlama):
         self._append(batch, position + np.arange(len(batch) + 1))
         self._requires_eval = False
 
+    @takes_turn
     def read(self, prompt: Prompt, *, merge: bool = True, answer: bool = True) -> None:
         """Read a prompt, except for the beginning that is in the cache already, and merge.
 
@@ -701,8 +740,16 @@ class Llama(StockLlama):
         **options: Any,
     ) -> Generator[int, Sequence[int] | None, None]:
         """Read a prompt and generate tokens; as `llama_cpp.Llama.generate`, and merging."""
-        self._check_open()
-        tokens = list(tokens)
+        sampling = (top_k, top_p, min_p, typical_p, temp, repeat_penalty)
+        return self._stream(self._generate(list(tokens), sampling, reset, *args, **options))
+
+    @takes_turn
+    def _stream(self, chunks: Iterator[Any]) -> Stream:
+        return self._turns.stream(chunks)
+
+    def _generate(
+        self, tokens: list[int], sampling: tuple[Any, ...], reset: bool, *args: Any, **options: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
         prefilled, self._prefilled = self._prefilled, False
         if not reset:
             self.eval(tokens)
@@ -710,8 +757,21 @@ class Llama(StockLlama):
         elif not (prefilled and self._is_read(tokens)):
             self.read(Prompt.from_tokens(tokens))
         # The parent finds no tokens left to read, and samples.
-        sampling = (top_k, top_p, min_p, typical_p, temp, repeat_penalty)
-        yield from super().generate([], *sampling, False, *args, **options)
+        generated = super().generate([], *sampling, False, *args, **options)
+        sent: Sequence[int] | None = None
+        with closing(generated):
+            while True:
+                try:
+                    token = generated.send(sent)
+                except StopIteration:
+                    return
+                sent = yield token
+                if sent and not self._logits_all:
+                    # It samples after each of them, and llama.cpp ends the process without logits.
+                    raise OptionError(
+                        "tokens that are sent to generate() need the logits of every token: "
+                        "make the Llama with logits_all=True"
+                    )
 
     def _is_read(self, tokens: list[int]) -> bool:
         """Whether exactly these tokens are in the cache, ready to be sampled from."""
@@ -747,23 +807,28 @@ class Llama(StockLlama):
             )
         return details
 
+    @takes_turn
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
-        self._check_open()
         for name, value in {"prompt": next(iter(args), None), **options}.items():
             if name != "prompt" or isinstance(value, str):
                 check_text(value, name)
-        return super().create_completion(*args, **options)
+        return self._in_steps(super().create_completion(*args, **options))
 
+    def _in_steps(self, answer: Any) -> Any:
+        """Return an answer as it is, or one that streams as a stream that has the turn."""
+        return self._turns.stream(answer) if isinstance(answer, Iterator) else answer
+
+    @takes_turn
     def create_chat_completion(self, messages: Any, *args: Any, **options: Any) -> Any:
         """Answer a chat; see `llama_cpp.Llama.create_chat_completion`.
 
         A later call whose messages begin with those of the one before reads only what is new.
         """
-        self._check_open()
         for name, value in options.items():
             check_text(value, name)
-        return super().create_chat_completion(self._checked(messages), *args, **options)
+        answer = super().create_chat_completion(self._checked(messages), *args, **options)
+        return self._in_steps(answer)
 
     def _checked(self, messages: Any) -> list[Any]:
         """Return messages in the form that the chat handler takes."""
@@ -790,6 +855,7 @@ class Llama(StockLlama):
                 "without a vision part: pass mmproj= to Llama"
             )
 
+    @looks
     def detokenize(
         self,
         tokens: list[int],
@@ -805,6 +871,7 @@ class Llama(StockLlama):
 
     # State.
 
+    @looks
     def save_state(self) -> LlamaState:
         """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
         self._check_open()
@@ -817,6 +884,7 @@ class Llama(StockLlama):
         state.merging = self._engine is not None
         return state
 
+    @takes_turn
     def load_state(self, state: LlamaState) -> None:
         """Put a saved cache back; see `llama_cpp.Llama.load_state`.
 
@@ -858,6 +926,7 @@ class Llama(StockLlama):
         else:
             self._known, self._spans, self._merges = 0, [], []
 
+    @looks
     def save_context(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds to a file, from which `load_context` goes on.
 
@@ -879,6 +948,7 @@ class Llama(StockLlama):
         self._check_open()
         saving.save(self, path)
 
+    @takes_turn
     def load_context(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save_context` has written, also in another process.
 
@@ -960,6 +1030,7 @@ class Llama(StockLlama):
         held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
         return round(held / last.bytes_per_cell), held
 
+    @looks
     def kv_stats(self) -> KVStats:
         """Return what the cache holds: tokens seen, positions, cells, MiB, merges and flow."""
         self._check_open()
