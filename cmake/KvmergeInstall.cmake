@@ -39,7 +39,7 @@ foreach(target IN LISTS kvmerge_libraries)
         set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
     elseif(KVMERGE_DEV)
         set_target_properties(${target} PROPERTIES
-            LIBRARY_OUTPUT_DIRECTORY "${PROJECT_SOURCE_DIR}/python/kvmerge/lib")
+            LIBRARY_OUTPUT_DIRECTORY "${KVMERGE_DEV_LIBRARIES}")
     endif()
 endforeach()
 
