@@ -71,7 +71,7 @@ class Session:
     ) -> None:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = int(os.environ.get("KVMERGE_TEST_GPU_LAYERS", "0"))
         self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
         assert self.model, f"{model} does not load"
         context = llama_cpp.llama_context_default_params()

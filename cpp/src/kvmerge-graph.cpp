@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <array>
 
 ggml_context_ptr kvmerge_make_context(size_t n_tensors) {
     const size_t size = n_tensors*ggml_tensor_overhead();
@@ -61,6 +62,29 @@ bool kvmerge_graph::is_full() const {
     return ggml_graph_n_nodes(gf) + (int) inputs.size() > max_nodes/4;
 }
 
+// Allocating alone keeps the plan of the graph before when the number of nodes is the same, with whatever that one could do
+// in place. A plan changes the graph that it is made for: a backend may put the nodes into another order, and where an input
+// lies on another device, a node reads a copy that the scheduler forgets with the plan. So all of it is put back.
+bool kvmerge_graph::plan_buffers() {
+    ggml_tensor ** nodes   = ggml_graph_nodes(gf);
+    const int      n_nodes = ggml_graph_n_nodes(gf);
+
+    std::vector<std::pair<ggml_tensor *, std::array<ggml_tensor *, GGML_MAX_SRC>>> before(n_nodes);
+    for (int i = 0; i < n_nodes; ++i) {
+        before[i].first = nodes[i];
+        std::copy_n(nodes[i]->src, GGML_MAX_SRC, before[i].second.begin());
+    }
+
+    const bool ok = ggml_backend_sched_reserve(lctx->get_sched(), gf);
+
+    for (int i = 0; i < n_nodes; ++i) {
+        nodes[i] = before[i].first;
+        std::copy_n(before[i].second.begin(), GGML_MAX_SRC, nodes[i]->src);
+    }
+
+    return ok;
+}
+
 bool kvmerge_graph::run() {
     bool ok = true;
 
@@ -69,9 +93,7 @@ bool kvmerge_graph::run() {
 
         ggml_backend_sched_reset(sched);
 
-        // Plan the buffers anew: allocating alone keeps the plan of the graph before when the number of nodes is the same,
-        // with whatever that one could do in place.
-        ok = ggml_backend_sched_reserve(sched, gf) && ggml_backend_sched_alloc_graph(sched, gf);
+        ok = plan_buffers() && ggml_backend_sched_alloc_graph(sched, gf);
 
         if (ok) {
             for (const auto & inp : inputs) {

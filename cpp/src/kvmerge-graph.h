@@ -43,6 +43,8 @@ private:
 
     void reset();
 
+    bool plan_buffers();
+
     llama_context * lctx;
     int             max_nodes;
 
