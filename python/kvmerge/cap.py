@@ -11,6 +11,9 @@ from .errors import OptionError
 LEAST = 512
 """Cells that a cap must leave: room for a batch and for what is kept of the rest."""
 
+MOST = 2**31 - 1
+"""Cells that can be counted."""
+
 
 @dataclass(frozen=True)
 class Cap:
@@ -37,12 +40,12 @@ class Cap:
                 return
             except OptionError:
                 pass
-        elif isinstance(limit, Integral) and not isinstance(limit, bool) and limit >= LEAST:
+        elif isinstance(limit, Integral) and not isinstance(limit, bool) and LEAST <= limit <= MOST:
             object.__setattr__(self, "limit", int(limit))
             return
         raise OptionError(
             f"kv_max_cells={limit!r}: kv_max_cells must be a whole number of cells of at least "
-            f'{LEAST}, or a text with bytes such as "512MiB"'
+            f'{LEAST} and at most {MOST}, or a text with bytes such as "512MiB"'
         )
 
     def cells(self, bytes_per_cell: float) -> int:
@@ -61,6 +64,7 @@ class Cap:
         if isinstance(self.limit, int):
             return self.limit
         cells = int(parse_bytes("kv_max_cells", self.limit) / bytes_per_cell)
+        cells = min(cells, MOST)
         if cells < LEAST:
             needed = LEAST * bytes_per_cell / MIB
             raise OptionError(

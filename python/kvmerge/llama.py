@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _backends, _library
+from . import options as option_table
 from .access import MediaAccess
 from .budget import Budget
 from .cap import Cap
@@ -29,6 +30,7 @@ from .errors import (
     MergeError,
     ModelError,
     OptionError,
+    OutOfMemoryError,
     StateError,
     UnknownOptionError,
     UnsupportedError,
@@ -124,12 +126,6 @@ def _media_access(value: object) -> MediaAccess:
     raise OptionError(f"media_access={value!r}: it must be a kvmerge.MediaAccess, or None for all")
 
 
-def _whole_number(option: str, value: object, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
-        raise OptionError(f"{option}={value!r}: {option} must be a whole number of at least {low}")
-    return int(value)
-
-
 class Llama(StockLlama):
     """A `llama_cpp.Llama` whose KV cache can merge instead of growing.
 
@@ -211,10 +207,10 @@ class Llama(StockLlama):
         self._check_options(options)
         self._policy = resolve(kv_merge)
         self._budget = Budget(kv_budget)
-        self._merge_before = _whole_number("merge_before", merge_before, 0)
+        self._merge_before = option_table.whole(0)("merge_before", merge_before)
         self._cap = None if kv_max_cells is None else Cap(kv_max_cells)
-        self._whole = _whole_number("keep_last_images", keep_last_images, 0)
-        self._trace = kv_trace
+        self._whole = option_table.whole(0)("keep_last_images", keep_last_images)
+        self._trace = option_table.switch("kv_trace", kv_trace)
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._access = _media_access(media_access)
         self._check_combination(mmproj, options)
@@ -279,6 +275,10 @@ class Llama(StockLlama):
                 if "clip" in reason.lower():
                     hint = ". It looks like an mmproj: pass it as mmproj= and the model first"
                 raise ModelError(f"{path} cannot be loaded: {reason}{hint}") from error
+            except MemoryError as error:
+                raise OutOfMemoryError(
+                    f"there is no memory for this context: {error}. Make n_ctx or n_batch smaller"
+                ) from error
 
     def _fit_arrays(self) -> None:
         """Make the parent's arrays as long as the context that llama.cpp has made.
@@ -310,11 +310,19 @@ class Llama(StockLlama):
             if name not in _STOCK_OPTIONS:
                 hint = did_you_mean(name, _STOCK_OPTIONS | _OUR_OPTIONS)
                 raise UnknownOptionError(f"Llama has no option {name!r}.{hint}")
+        for name in ("lora_base", "lora_path"):
+            if isinstance(options.get(name), os.PathLike):
+                options[name] = os.fspath(options[name])
+        options |= option_table.checked(option_table.LLAMA, options)
+        if options.get("lora_path") is not None:
+            check_gguf(options["lora_path"], "LoRA", ModelError)
         for name in ("type_k", "type_v"):
             if name in options:
                 options[name] = _cache_type(name, options[name])
-        if "n_ctx" in options:
-            _whole_number("n_ctx", options["n_ctx"], 0)
+        if options.get("n_ctx"):
+            # The parent makes an array of as many rows, however few are ever used.
+            n_batch = options.get("n_batch", _N_UBATCH)
+            options["n_batch"] = min(n_batch, options["n_ctx"])
         unquantized = {CACHE_TYPES[name] for name in _UNQUANTIZED}
         type_v = options.get("type_v")
         if type_v is not None and type_v not in unquantized and not options.get("flash_attn"):
@@ -810,10 +818,25 @@ class Llama(StockLlama):
     @takes_turn
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
-        for name, value in {"prompt": next(iter(args), None), **options}.items():
+        options = option_table.of_call(
+            StockLlama.create_completion, option_table.COMPLETION, args, options
+        )
+        self._check_logits(options)
+        for name, value in options.items():
             if name != "prompt" or isinstance(value, str):
                 check_text(value, name)
-        return self._in_steps(super().create_completion(*args, **options))
+        return self._in_steps(super().create_completion(**options))
+
+    def _check_logits(self, options: dict[str, Any]) -> None:
+        biases = options.get("logit_bias") or {}
+        if biases and max(biases) >= self._n_vocab:
+            raise OptionError(
+                f"logit_bias names token {max(biases)}, and the model has {self._n_vocab}"
+            )
+        # False is None to a chat; 0 most likely log probabilities, of a completion, is not.
+        wanted = options.get("logprobs")
+        if wanted is not None and wanted is not False and not self._logits_all:
+            raise OptionError("logprobs needs the logits of every token: pass logits_all=True")
 
     def _in_steps(self, answer: Any) -> Any:
         """Return an answer as it is, or one that streams as a stream that has the turn."""
@@ -825,9 +848,14 @@ class Llama(StockLlama):
 
         A later call whose messages begin with those of the one before reads only what is new.
         """
+        options = option_table.of_call(
+            StockLlama.create_chat_completion, option_table.CHAT, [messages, *args], options
+        )
+        self._check_logits(options)
+        messages = options.pop("messages")
         for name, value in options.items():
             check_text(value, name)
-        answer = super().create_chat_completion(self._checked(messages), *args, **options)
+        answer = super().create_chat_completion(self._checked(messages), **options)
         return self._in_steps(answer)
 
     def _checked(self, messages: Any) -> list[Any]:
