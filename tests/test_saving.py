@@ -431,3 +431,28 @@ def test_refused_states_leave_the_cache(held: Held, saved: Path, llama: Factory)
     held.llm.load_state(longer.save_state())
     assert len(held.llm.input_ids) == held.llm.n_ctx()
     held.llm.load_context(saved)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of POSIX")
+def test_links_pipes_and_modes(llama: Factory, tmp_path: Path) -> None:
+    llm = llama(mmproj=None)
+    llm.create_completion("Hello", max_tokens=1)
+    real, link, pipe, new = (tmp_path / name for name in ("real", "link", "pipe", "new"))
+    real.write_bytes(b"")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    llm.save_context(link)
+    assert link.is_symlink()
+    assert real.stat().st_size > 0
+    assert real.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(errors.StateError, match="not a regular file"):
+        llm.save_context(pipe)
+    assert pipe.is_fifo()
+    before = os.umask(0o027)
+    try:
+        llm.save_context(new)
+    finally:
+        os.umask(before)
+    assert new.stat().st_mode & 0o777 == 0o640
+    llm.load_context(link)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import sys
 import tempfile
@@ -116,10 +117,25 @@ def save(llm: Llama, path: str | os.PathLike[str]) -> None:
         raise StateError(f"the context cannot be saved to {file}: {error.strerror}") from error
 
 
+def _mode(file: Path) -> int:
+    """Return the mode of the file that is replaced, or of one that is new."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return 0o666 & ~umask
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(0, "it is not a regular file")
+    return stat.S_IMODE(status.st_mode)
+
+
 def _write(file: Path, pieces: Iterable[bytes | bytearray]) -> None:
     """Write pieces and their SHA-256 to a file that appears complete or not at all."""
+    file = Path(os.path.realpath(file))  # what a link leads to is replaced, not the link
     if file.is_dir():
         raise IsADirectoryError(0, "it is a folder")
+    mode = _mode(file)
     number, name = tempfile.mkstemp(dir=file.parent, prefix=".kvmerge-", suffix=".part")
     try:
         with os.fdopen(number, "wb") as stream:
@@ -130,6 +146,7 @@ def _write(file: Path, pieces: Iterable[bytes | bytearray]) -> None:
             stream.write(digest.digest())
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(name, mode)
         os.replace(name, file)
     except BaseException:
         with suppress(FileNotFoundError):
