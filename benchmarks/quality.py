@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 ABLATIONS = (
-    "flowmm/no-flow,flowmm/reversed-flow,flowmm/no-sensitivity,flowmm/no-bias,flowmm/keep-keys,"
+    "flowmm/no-flow,flowmm/no-sensitivity,flowmm/no-bias,flowmm/keep-keys,"
     "mosaic/evict,mosaic/no-bias,mosaic/bias-count,mosaic/keep-keys,mosaic/members=0,"
-    "mosaic/uniform,mosaic/no-floor,mosaic/residual,mosaic/guard"
+    "mosaic/uniform,mosaic/no-floor"
 )
 KNOWN = f"--pictures 12 --questions 200 --methods reference,preset,mosaic=*,{ABLATIONS}"
 UNKNOWN = "--pictures 12 --questions 200 --mode unknown --methods reference,preset"

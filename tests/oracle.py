@@ -340,9 +340,8 @@ def fold(x: Array, target: Index, kept: Index, weight: Array) -> Array:
 
 
 def biases(
-    target: Index, kept: Index, mass: Array, score: Array, weight: Array, values: Array,
-    how: str, keys: str,
-) -> Array:  # fmt: skip
+    target: Index, kept: Index, mass: Array, weight: Array, values: Array, how: str, keys: str
+) -> Array:
     """Bias of every pivot; ``values [queries, n]`` are logits of one KV head."""
     out = np.zeros(len(kept))
     for c, pivot in enumerate(kept):
@@ -351,8 +350,6 @@ def biases(
             continue
         if how == "count":
             out[c] = np.log(mass[members].sum())
-        elif how == "mass":
-            out[c] = np.clip(np.log(score[members].sum() / score[pivot]), 0, 3)
         else:
             own = values[:, pivot] if keys == "keep" else values[:, members] @ weight[members]
             out[c] = np.mean(np.log(np.exp(values[:, members]).sum(axis=1)) - own)

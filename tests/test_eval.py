@@ -32,7 +32,7 @@ def evaluate(out: Path, *options: str) -> int:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the answers of some methods, in both modes."""
     folder = tmp_path_factory.mktemp("eval")
-    methods = "q4_0,evict,mosaic,mosaic/guard,flowmm"
+    methods = "q4_0,evict,mosaic,mosaic/evict,flowmm"
     assert evaluate(folder, "--methods", methods, "--mode", "known,unknown") == 0
     return folder
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_answer_is_written_down(finished: Path) -> None:
     answers = read_answers(finished)
     rows = [("full", 1.0), ("q4_0", 1.0)]
-    rows += [(name, 0.3) for name in ("flowmm", "mosaic", "evict", "mosaic/guard")]
+    rows += [(name, 0.3) for name in ("flowmm", "mosaic", "evict", "mosaic/evict")]
     assert {(a.method, a.budget) for a in answers} == set(rows)
     assert len(answers) == len(rows) * 2 * 2 * 2  # modes, tasks, questions
     assert {a.collection for a in answers} == {"3 pictures"}
@@ -53,7 +53,6 @@ def test_every_answer_is_written_down(finished: Path) -> None:
         # 30 % of what was read before the merge, and the tokens after it
         assert 0.3 * (one.tokens - 12) <= one.cells <= 0.3 * one.tokens + 15
         assert one.kv_bytes < 0.4 * by_row["full"][0].kv_bytes
-    assert all(0 <= one.guarded <= 1 for one in by_row["mosaic/guard"])
     assert by_row["q4_0"][0].kv_bytes == by_row["full"][0].kv_bytes * 18 // 64
 
 
@@ -61,9 +60,8 @@ def test_the_table(finished: Path) -> None:
     text = (finished / "quality.md").read_text(encoding="utf-8")
     for heading in ("3 pictures, question known", "3 pictures, question unknown", "30% kept"):
         assert heading in text
-    for name in ("mosaic", "flowmm", "mosaic/guard", "evict"):
+    for name in ("mosaic", "flowmm", "mosaic/evict", "evict"):
         assert f"`{name}`" in text
-    assert "the guard left as dropping: `mosaic/guard`" in text
     for line in text.splitlines():
         if line.startswith("| `flowmm` "):
             assert line.count("[") == 2, "the intervals against full cache and best other"
@@ -76,7 +74,7 @@ def test_an_interrupted_run_continues(finished: Path, tmp_path: Path) -> None:
     (tmp_path / SETTINGS_FILE).write_bytes(settings)
     # cut in the middle of a line, as a crash leaves it
     (tmp_path / ANSWERS_FILE).write_bytes(b"".join(lines[:20]) + lines[20][:30])
-    methods = "q4_0,evict,mosaic,mosaic/guard,flowmm"
+    methods = "q4_0,evict,mosaic,mosaic/evict,flowmm"
     options = ["--methods", methods, "--mode", "known,unknown"]
     assert evaluate(tmp_path, *options, "--jobs", "2") == 0
     again = {one.key: one for one in read_answers(tmp_path)}

@@ -35,10 +35,8 @@ POLICIES |= {
     "flowmm-literal": FlowMM(bias="none"),
     "flowmm-across": FlowMM(theta=0.0),
     "flowmm-within": FlowMM(theta=1.0),
-    "flowmm-keep-mass": FlowMM(keys="keep", bias="mass"),
+    "flowmm-keep-count": FlowMM(keys="keep", bias="count"),
     "flowmm-count": FlowMM(bias="count"),
-    "flowmm-reversed-across": Policy(match="flow-reversed", theta=1.0),
-    "flowmm-reversed-within": Policy(match="flow-reversed", theta=0.0),
     "look-m-mean": LookM(fold="mean"),
     "look-m-weighted": LookM(fold="weighted"),
     "mosaic-keep": Mosaic(keep=5, text=0.2),
@@ -317,7 +315,7 @@ def check_layer(
         else:
             expected_kept, open_ = oracle.select(score, modality, budget, p)
             assert kept.tolist() == expected_kept.tolist()
-            across = {"any": True, "flow": rho >= policy.theta, "flow-reversed": rho < policy.theta}
+            across = {"any": True, "flow": rho >= policy.theta}
             if policy.match == "none":
                 open_ = open_[:0]
             groups = None if across.get(policy.match, False) else modality
@@ -341,7 +339,7 @@ def check_layer(
         assert after.mass[unused:, head].tolist() == counts.tolist()
         assert counts.sum() == (target >= 0).sum()
         of_head = fitted[:, head * group : (head + 1) * group].reshape(-1, n)
-        bias = oracle.biases(target, kept, mass, score, weight, of_head, policy.bias, policy.keys)
+        bias = oracle.biases(target, kept, mass, weight, of_head, policy.bias, policy.keys)
         np.testing.assert_allclose(after.bias[unused:, head], bias, atol=scoring * 3, rtol=scoring)
         assert after.order[unused:, head].tolist() == kept.tolist()
         # what the layer does not use is not seen

@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 7
+#define KVMERGE_API_VERSION 8
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -97,12 +97,11 @@ enum kvmerge_select {
 
 // match: into which pivots an evicted token may fold
 enum kvmerge_match {
-    KVMERGE_MATCH_NONE          = 0, // none: evicted tokens are dropped
-    KVMERGE_MATCH_ANY           = 1, // any unprotected pivot
-    KVMERGE_MATCH_MODALITY      = 2, // an unprotected pivot of the same modality
-    KVMERGE_MATCH_FLOW          = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
-    KVMERGE_MATCH_SEGMENT       = 4, // an unprotected pivot of the same segment: one picture never folds into another
-    KVMERGE_MATCH_FLOW_REVERSED = 5, // the opposite of FLOW in every layer: shows what the flow is worth
+    KVMERGE_MATCH_NONE     = 0, // none: evicted tokens are dropped
+    KVMERGE_MATCH_ANY      = 1, // any unprotected pivot
+    KVMERGE_MATCH_MODALITY = 2, // an unprotected pivot of the same modality
+    KVMERGE_MATCH_FLOW     = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
+    KVMERGE_MATCH_SEGMENT  = 4, // an unprotected pivot of the same segment: one picture never folds into another
 };
 
 // fold: the weights in the mean of a group
@@ -112,23 +111,14 @@ enum kvmerge_fold {
     KVMERGE_FOLD_WEIGHTED = 2, // members by their similarity to the pivot (LOOK-M)
     KVMERGE_FOLD_EXP      = 3, // members by exp(similarity - 1) (D2O)
     KVMERGE_FOLD_GAUSSIAN = 4, // members by a Gaussian of their distance to the pivot (KVMerger)
-    KVMERGE_FOLD_SCORE    = 5, // all by their score: with keys kept and bias MASS the proxies' output is reproduced
 };
 
 // bias: what is added to a pivot's attention logit so that it weighs what it stands for
 enum kvmerge_bias {
     KVMERGE_BIAS_NONE  = 0,
     KVMERGE_BIAS_COUNT = 1, // log of the number of tokens that the pivot stands for
-    KVMERGE_BIAS_MASS  = 2, // log of the ratio of attention, group to pivot, that the proxies give
-    KVMERGE_BIAS_FIT   = 3, // mean of log(sum of exp(logits of the group)) - logit of the new key over the proxies and as many
+    KVMERGE_BIAS_FIT   = 2, // mean of log(sum of exp(logits of the group)) - logit of the new key over the proxies and as many
                             // sampled queries of text
-};
-
-// residual: where tokens go that found no pivot
-enum kvmerge_residual {
-    KVMERGE_RESIDUAL_NONE    = 0, // they are dropped
-    KVMERGE_RESIDUAL_SEGMENT = 1, // into one cell a picture, clip or run of text
-    KVMERGE_RESIDUAL_ALL     = 2, // into one cell for all
 };
 
 // A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact.
@@ -142,11 +132,9 @@ struct kvmerge_params {
     int32_t  match;          // enum kvmerge_match
     int32_t  fold;           // enum kvmerge_fold
     int32_t  bias;           // enum kvmerge_bias
-    int32_t  residual;       // enum kvmerge_residual
     bool     move_keys;      // true: a pivot's key becomes the mean of its group; false: it stays as it is
     bool     pool_max;       // true: scores are pooled by their maximum; false: by their mean
     bool     value_norm;     // scores are multiplied with the norm of the value
-    bool     guard;          // heads whose folds make the output of held-out proxies worse than eviction evict instead
 
     int32_t  n_window;       // proxy window: the last queries, which score                         [1, 256]
     int32_t  n_keep;         // last tokens that are kept and receive nothing; 0: as many as n_window [0, 256]
@@ -174,7 +162,6 @@ struct kvmerge_stats {
     int32_t n_cells_after;   // cells after it (of the layer that has most)
     int32_t n_layers;        // layers whose cache is merged
     int32_t n_heads;         // KV heads of a layer (the largest, where layers differ)
-    int32_t n_guarded;       // (layer, head) pairs of the last merge in which the guard chose eviction
     int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
     int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
     int64_t t_score_us;      // time of the last merge: reading scores and flow,

@@ -67,7 +67,6 @@ struct kvmerge_params kvmerge_params_default(void) {
     params.match       = KVMERGE_MATCH_FLOW;
     params.fold        = KVMERGE_FOLD_MEAN;
     params.bias        = KVMERGE_BIAS_COUNT;
-    params.residual    = KVMERGE_RESIDUAL_NONE;
     params.move_keys   = true;
     params.n_window    = 16;
     params.n_keep      = 0;
@@ -236,7 +235,7 @@ int32_t kvmerge_get_plan(
             if (order)    { order   [i] = plan.cells[i].order;    }
             if (modality) { modality[i] = plan.cells[i].modality; }
             if (segment)  { segment [i] = plan.cells[i].segment;  }
-            if (fate)     { fate    [i] = plan.fate[i];           }
+            if (fate)     { fate    [i] = plan.fate(i);           }
             if (target)   { target  [i] = plan.target[i];         }
             if (score)    { score   [i] = plan.score[i];          }
         }

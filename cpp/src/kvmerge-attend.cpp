@@ -347,8 +347,6 @@ bool kvmerge_attend(
         head.important = make_queries(engine, layer, h, window);
         head.crossing  = make_queries(engine, layer, h, flow);
 
-        plan.n_proxies = head.important.size();
-
         for (auto query : make_queries(engine, layer, h, text)) {
             query.order = -1; // for its logits only
             head.important.push_back(query);

@@ -5,7 +5,6 @@
 #include "kvmerge-attn.h"
 #include "kvmerge-error.h"
 #include "kvmerge-fold.h"
-#include "kvmerge-guard.h"
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
 #include "kvmerge-parallel.h"
@@ -89,10 +88,9 @@ static kvmerge_status check_params(const kvmerge_params & params) {
         { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
         { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_EARLY   },
         { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
-        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_FLOW_REVERSED },
-        { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_SCORE       },
+        { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
+        { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_GAUSSIAN    },
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
-        { "residual",    (double) params.residual,    KVMERGE_RESIDUAL_NONE,    KVMERGE_RESIDUAL_ALL     },
         { "n_window",    (double) params.n_window,    1,                        256                      },
         { "n_keep",      (double) params.n_keep,      0,                        256                      },
         { "n_sink",      (double) params.n_sink,      0,                        256                      },
@@ -385,7 +383,7 @@ void kvmerge_engine::keep_plans(bool keep) {
 }
 
 bool kvmerge_engine::measures_flow() const {
-    return keeps_plans || params.match == KVMERGE_MATCH_FLOW || params.match == KVMERGE_MATCH_FLOW_REVERSED ||
+    return keeps_plans || params.match == KVMERGE_MATCH_FLOW ||
         params.allocate == KVMERGE_ALLOCATE_ENTROPY;
 }
 
@@ -716,9 +714,11 @@ void kvmerge_engine::store_sums(size_t l, const std::vector<uint32_t> & cells, i
             row[cells[i]] = 0;
         }
 
-        const int32_t offset = n_cells - plan.kept.size();
-        for (size_t c = 0; c < plan.kept.size(); ++c) {
-            row[cells[offset + c]] = before[plan.kept[c]];
+        const auto    kept   = plan.kept();
+        const int32_t offset = n_cells - kept.size();
+
+        for (size_t c = 0; c < kept.size(); ++c) {
+            row[cells[offset + c]] = before[kept[c]];
         }
     }
 
@@ -920,8 +920,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         }
     };
 
-    size_t  n_after   = 0; // cells of the layer that keeps most
-    int32_t n_guarded = 0;
+    int32_t n_after = 0; // cells of the layer that keeps most
 
     // score
     const auto score = [&](size_t l) {
@@ -997,23 +996,17 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
                 kvmerge_unfold(plan); // the control of a selection that groups
             }
 
-            kvmerge_limit         (plan, params);
-            kvmerge_residual_cells(plan, budget, params);
-            kvmerge_select_finish (plan);
-            kvmerge_weigh         (plan, params);
-            kvmerge_fit_bias      (plan, params);
+            kvmerge_limit   (plan, params);
+            kvmerge_weigh   (plan, params);
+            kvmerge_fit_bias(plan, params);
         });
 
         if (!ok) {
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", layers[l].il);
         }
 
-        if (params.guard && !kvmerge_guard_layer(graph, *this, layers[l], cells, layer_plans, n_guarded)) {
-            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to compare outputs in layer %d", layers[l].il);
-        }
-
         for (auto & plan : layer_plans) {
-            n_after = std::max(n_after, plan.kept.size());
+            n_after = std::max(n_after, plan.n_kept());
 
             // what the fold has no use for
             for (auto * values : { &plan.similarity, &plan.value_norm }) {
@@ -1100,15 +1093,14 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const int64_t t_end = ggml_time_us();
 
     stats.n_merges++;
-    stats.n_guarded      = n_guarded;
     stats.n_tokens       = sequences[seq_id].n_seen;
     stats.n_cells_before = cells.size();
     stats.n_cells_after  = n_after;
     stats.bytes_after    = 0;
     for (size_t l = 0; l < layers.size(); ++l) {
-        size_t n_held = 0;
+        int32_t n_held = 0;
         for (const auto & plan : plans[l]) {
-            n_held = std::max(n_held, plan.kept.size());
+            n_held = std::max(n_held, plan.n_kept());
         }
         stats.bytes_after += n_held*bytes_per_cell(layers[l]);
     }
@@ -1121,7 +1113,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     stats.t_fold_us      = t_end   - t_match;
     stats.t_total_us     = t_end   - t_start;
 
-    LLAMA_LOG_INFO("%s: sequence %d: %d tokens, %d positions, %zu -> %zu cells in %.1f ms\n", __func__, seq_id,
+    LLAMA_LOG_INFO("%s: sequence %d: %d tokens, %d positions, %zu -> %d cells in %.1f ms\n", __func__, seq_id,
             stats.n_tokens, cache.seq_pos_max(seq_id) + 1, cells.size(), n_after, stats.t_total_us/1000.0);
 
     return KVMERGE_OK;
@@ -1134,6 +1126,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
     for (size_t l = 0; l < layers.size(); ++l) {
         for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
             const auto & plan = plans[l][h];
+            const auto   kept = plan.kept();
 
             std::vector<float> mass(plan.cells.size());
             for (size_t i = 0; i < plan.cells.size(); ++i) {
@@ -1147,17 +1140,17 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
             dst.resize(std::max(dst.size(), n_merged));
 
             // a layer that keeps fewer cells than the others keeps them at the end: nothing is seen in front of them
-            const int32_t offset = n_cells - plan.kept.size();
+            const int32_t offset = n_cells - kept.size();
 
             for (int32_t c = 0; c < offset; ++c) {
                 dst[cells[c]] = {};
                 dst[cells[c]].mass = 0;
                 dst[cells[c]].bias = -INFINITY;
             }
-            for (size_t c = 0; c < plan.kept.size(); ++c) {
-                auto cur = plan.cells[plan.kept[c]];
+            for (size_t c = 0; c < kept.size(); ++c) {
+                auto cur = plan.cells[kept[c]];
 
-                cur.mass = mass[plan.kept[c]];
+                cur.mass = mass[kept[c]];
                 cur.bias = plan.bias[c];
 
                 dst[cells[offset + c]] = cur;
@@ -1173,11 +1166,11 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
     const kvmerge_plan * widest = &plans[0][0];
     for (const auto & layer_plans : plans) {
         for (const auto & plan : layer_plans) {
-            widest = plan.kept.size() > widest->kept.size() ? &plan : widest;
+            widest = plan.n_kept() > widest->n_kept() ? &plan : widest;
         }
     }
 
-    const auto & kept = widest->kept;
+    const auto kept = widest->kept();
 
     std::vector<llama_pos>         pos(n_cells);
     std::vector<llama_kv_cell_ext> ext(n_cells);

@@ -40,7 +40,7 @@ static void build_fold(
         }
     } else {
         rows.first.push_back(0);
-        for (int32_t i : plan.kept) {
+        for (int32_t i : groups.pivot) {
             rows.row   .push_back(row(cells[i]));
             rows.weight.push_back(1.0f);
             rows.first .push_back(rows.row.size());
@@ -55,7 +55,7 @@ static void build_fold(
     }
 
     // a layer that keeps fewer cells than the others keeps them at the end
-    const int32_t offset = n_cells - plan.kept.size();
+    const int32_t offset = n_cells - groups.pivot.size();
 
     for (const auto & cur : sums) {
         std::vector<int64_t> dst;

@@ -1,20 +1,22 @@
 #include "kvmerge-groups.h"
 
 kvmerge_groups kvmerge_make_groups(const kvmerge_plan & plan) {
-    std::vector<int32_t> group_of(plan.cells.size());
-    for (size_t c = 0; c < plan.kept.size(); ++c) {
-        group_of[plan.kept[c]] = c;
-    }
-
     kvmerge_groups res;
 
-    res.first.resize(plan.kept.size() + 1);
+    res.pivot = plan.kept();
+    res.first.resize(res.pivot.size() + 1);
+
+    std::vector<int32_t> group_of(plan.cells.size());
+    for (size_t c = 0; c < res.pivot.size(); ++c) {
+        group_of[res.pivot[c]] = c;
+    }
+
     for (int32_t target : plan.target) {
         if (target >= 0) {
             res.first[group_of[target] + 1]++;
         }
     }
-    for (size_t c = 0; c < plan.kept.size(); ++c) {
+    for (size_t c = 0; c < res.pivot.size(); ++c) {
         res.first[c + 1] += res.first[c];
     }
 

@@ -4,8 +4,9 @@
 
 #include "kvmerge-plan.h"
 
-// Group c is index[first[c]], ..., index[first[c + 1] - 1]: kept[c] and all that goes into it, in the order of the cells.
+// Group c is index[first[c]], ..., index[first[c + 1] - 1]: pivot[c] and all that goes into it, in the order of the cells.
 struct kvmerge_groups {
+    std::vector<int32_t> pivot; // [B] ascending
     std::vector<int32_t> first; // [B + 1]
     std::vector<int32_t> index;
 };

@@ -38,9 +38,9 @@ static std::vector<match_group> make_groups(const kvmerge_plan & plan, int32_t m
             last_key = key;
         }
 
-        if (plan.fate[i] == KVMERGE_DROPPED && cell.mass > 0) {
+        if (plan.is_left(i)) {
             cur->evicted.push_back(i);
-        } else if (plan.fate[i] == KVMERGE_KEPT) {
+        } else if (plan.is_open(i)) {
             cur->pivots.push_back(i);
         }
     }
@@ -57,8 +57,7 @@ static std::vector<match_group> make_groups(const kvmerge_plan & plan, int32_t m
 
 static void fold_into(kvmerge_plan & plan, const int32_t * evicted, const int32_t * pivot, size_t n) {
     for (size_t i = 0; i < n; ++i) {
-        plan.target[evicted[i]] = pivot[i];
-        plan.fate  [evicted[i]] = KVMERGE_FOLDED;
+        plan.fold(evicted[i], pivot[i]);
     }
 }
 
@@ -146,17 +145,8 @@ bool kvmerge_match_layer(
         std::vector<kvmerge_plan>   & plans) {
     int32_t match = engine.params.match;
 
-    if (match == KVMERGE_MATCH_FLOW || match == KVMERGE_MATCH_FLOW_REVERSED) {
-        const bool crosses = flow.rho >= engine.params.theta;
-
-        match = crosses == (match == KVMERGE_MATCH_FLOW) ? KVMERGE_MATCH_ANY : KVMERGE_MATCH_MODALITY;
-    }
-
-    for (auto & plan : plans) {
-        plan.target.assign(plan.cells.size(), -1);
-        for (int32_t i : plan.kept) {
-            plan.target[i] = i;
-        }
+    if (match == KVMERGE_MATCH_FLOW) {
+        match = flow.rho >= engine.params.theta ? KVMERGE_MATCH_ANY : KVMERGE_MATCH_MODALITY;
     }
 
     if (match == KVMERGE_MATCH_NONE) {
@@ -178,7 +168,7 @@ bool kvmerge_similarity_layer(
         std::vector<int32_t> pivot;
 
         for (size_t i = 0; i < plan.cells.size(); ++i) {
-            if (plan.fate[i] == KVMERGE_FOLDED) {
+            if (plan.is_folded(i)) {
                 member.push_back(i);
                 pivot.push_back(plan.target[i]);
             }

@@ -4,7 +4,7 @@
 
 #include "kvmerge-engine.h"
 
-// Fills plans[head].target of one layer; evicted cells that find a pivot become KVMERGE_FOLDED.
+// Fills plans[head].target of the cells of one layer that are not kept and find a pivot.
 // The graph has to be empty. false: the backend failed.
 bool kvmerge_match_layer(
               kvmerge_graph         & graph,

@@ -79,7 +79,7 @@ static std::vector<mosaic_block> make_blocks(const kvmerge_plan & plan, bool tex
     for (size_t i = 0; i < plan.cells.size(); ++i) {
         const auto & cell = plan.cells[i];
 
-        if (plan.fate[i] == KVMERGE_DROPPED && cell.mass > 0 && (cell.modality == KVMERGE_TEXT) == text) {
+        if (plan.is_left(i) && (cell.modality == KVMERGE_TEXT) == text) {
             segments[text ? 0 : cell.segment].member.push_back(i);
         }
     }
@@ -110,12 +110,12 @@ static void keep_pivots(kvmerge_plan & plan, std::vector<mosaic_block> & blocks,
     kvmerge_select_best(plan, all, n);
 
     for (int32_t i = 0; i < std::min<int32_t>(n, all.size()); ++i) {
-        plan.fate[all[i]] = KVMERGE_PROTECTED;
+        plan.protect(all[i]);
     }
 
     for (auto & block : blocks) {
         auto & member = block.member;
-        member.erase(std::remove_if(member.begin(), member.end(), [&](int32_t i) { return plan.fate[i] != KVMERGE_DROPPED; }), member.end());
+        member.erase(std::remove_if(member.begin(), member.end(), [&](int32_t i) { return plan.is_kept(i); }), member.end());
     }
 }
 
@@ -179,17 +179,11 @@ static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const f
             }
         }
 
-        plan.fate[block.member[seed]] = KVMERGE_KEPT;
-
         seed = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
     }
 
     for (int32_t i = 0; i < n; ++i) {
-        plan.target[block.member[i]] = block.member[seed_of[i]];
-
-        if (seed_of[i] != i) {
-            plan.fate[block.member[i]] = KVMERGE_FOLDED;
-        }
+        plan.fold(block.member[i], block.member[seed_of[i]]);
     }
 }
 
@@ -200,7 +194,7 @@ static int32_t text_cells(const kvmerge_plan & plan, int32_t n_free, int32_t n_m
     int32_t n_all  = 0;
 
     for (size_t i = 0; i < plan.cells.size(); ++i) {
-        if (plan.fate[i] == KVMERGE_DROPPED && plan.cells[i].mass > 0) {
+        if (plan.is_left(i)) {
             n_all  += 1;
             n_text += plan.cells[i].modality == KVMERGE_TEXT;
         }
@@ -252,10 +246,8 @@ bool kvmerge_mosaic_layer(
 
         const int32_t n_free = n_cells - kvmerge_select_forced(plan, n_cells, params);
 
-        for (auto & fate : plan.fate) {
-            if (fate == KVMERGE_KEPT) {
-                fate = KVMERGE_PROTECTED; // sinks and recent tokens stay as they are
-            }
+        for (int32_t i : plan.kept()) {
+            plan.protect(i); // sinks and recent tokens stay as they are
         }
 
         auto text  = make_blocks(plan, true,  0);
@@ -283,13 +275,6 @@ bool kvmerge_mosaic_layer(
 
         share_cells(media, n_media_groups);
         share_cells(text,  n_text - n_text_pivots);
-
-        plan.target.assign(plan.cells.size(), -1);
-        for (size_t i = 0; i < plan.cells.size(); ++i) {
-            if (plan.fate[i] != KVMERGE_DROPPED) {
-                plan.target[i] = i;
-            }
-        }
 
         for (auto * blocks : { &text, &media }) {
             for (auto & block : *blocks) {

@@ -10,7 +10,7 @@
 
 #include "kvmerge-engine.h"
 
-// Fills fate, kept and target of plans[head]; what is dropped is text that does not fit and has no group.
+// Fills target and is_protected of plans[head]; what is dropped is text that does not fit and has no group.
 // The graph brings the keys of what is grouped, and runs. false: the backend failed.
 bool kvmerge_mosaic_layer(
               kvmerge_graph         & graph,

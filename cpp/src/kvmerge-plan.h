@@ -42,7 +42,6 @@ struct kvmerge_plan {
     std::vector<float> value_norm;    // [n] norms of the values, empty unless asked for
     std::vector<float> logits;        // attention logits of n_queries, where something needs them: of the proxies, then of
                                       // sampled text; see logit()
-    int32_t            n_proxies = 0;
     int32_t            n_queries = 0;
 
     // logits lie as [n_queries/KVMERGE_TILE, rounded up][n][KVMERGE_TILE]
@@ -57,19 +56,53 @@ struct kvmerge_plan {
 
     // gives the memory of the logits away, when nothing needs them any more
     std::vector<float> take_logits() {
-        n_proxies = 0;
         n_queries = 0;
 
         return std::move(logits);
     }
 
-    // select
-    std::vector<uint8_t> fate;        // [n] enum kvmerge_fate
-    std::vector<int32_t> kept;        // [B] indices of the pivots, ascending
+    // select and match: one mapping, from which all else follows
+    std::vector<int32_t> target;       // [n] index of the pivot that the cell goes into: its own when kept, -1: dropped
+    std::vector<uint8_t> is_protected; // [n] 1: kept, and receives nothing
+    std::vector<float>   similarity;   // [n] cosine of its key to the pivot's, empty unless asked for
 
-    // match
-    std::vector<int32_t> target;      // [n] index of the pivot that the cell goes into, -1: dropped
-    std::vector<float>   similarity;  // [n] cosine of its key to the pivot's, empty unless asked for
+    void drop_all() {
+        target      .assign(cells.size(), -1);
+        is_protected.assign(cells.size(), 0);
+    }
+
+    void keep   (int32_t i)                { target[i] = i; }
+    void protect(int32_t i)                { target[i] = i; is_protected[i] = 1; }
+    void fold   (int32_t i, int32_t pivot) { target[i] = pivot; }
+    void drop   (int32_t i)                { target[i] = -1; }
+
+    bool is_kept  (int32_t i) const { return target[i] == i; }
+    bool is_open  (int32_t i) const { return target[i] == i && !is_protected[i]; }
+    bool is_folded(int32_t i) const { return target[i] >= 0 && target[i] != i; }
+    bool is_left  (int32_t i) const { return target[i] < 0 && cells[i].mass > 0; } // nothing was decided about it
+
+    int32_t n_kept() const {
+        int32_t res = 0;
+        for (size_t i = 0; i < target.size(); ++i) {
+            res += is_kept(i);
+        }
+        return res;
+    }
+
+    // [B] indices of the pivots, ascending
+    std::vector<int32_t> kept() const {
+        std::vector<int32_t> res;
+        for (size_t i = 0; i < target.size(); ++i) {
+            if (is_kept(i)) {
+                res.push_back(i);
+            }
+        }
+        return res;
+    }
+
+    kvmerge_fate fate(int32_t i) const {
+        return is_folded(i) ? KVMERGE_FOLDED : !is_kept(i) ? KVMERGE_DROPPED : is_protected[i] ? KVMERGE_PROTECTED : KVMERGE_KEPT;
+    }
 
     // fold
     std::vector<float> weight;        // [n] weight in the mean of its group, adding up to 1 over the group

@@ -54,8 +54,7 @@ static void make_runs(kvmerge_plan & plan, const std::vector<int32_t> & index, c
         const int32_t pivot = index[pivots[rank[r]]];
 
         for (int32_t i = runs[rank[r]].first; i <= runs[rank[r]].second; ++i) {
-            plan.target[index[i]] = pivot;
-            plan.fate  [index[i]] = index[i] == pivot ? KVMERGE_KEPT : KVMERGE_FOLDED;
+            plan.fold(index[i], pivot);
         }
     }
 }
@@ -76,21 +75,12 @@ bool kvmerge_runs_layer(
         auto free = kvmerge_select_free(plan);
         kvmerge_select_best(plan, free, n_free/2);
         for (int32_t i = 0; i < std::min<int32_t>(n_free/2, free.size()); ++i) {
-            plan.fate[free[i]] = KVMERGE_PROTECTED;
+            plan.protect(free[i]);
         }
 
         const int32_t n_groups = n_free - n_free/2;
 
-        std::vector<int32_t> index;
-        plan.target.assign(plan.cells.size(), -1);
-
-        for (size_t i = 0; i < plan.cells.size(); ++i) {
-            if (plan.fate[i] != KVMERGE_DROPPED) {
-                plan.target[i] = i;
-            } else if (plan.cells[i].mass > 0) {
-                index.push_back(i);
-            }
-        }
+        const auto index = kvmerge_select_free(plan);
 
         if (index.empty() || n_groups == 0) {
             continue;

@@ -149,7 +149,7 @@ static std::vector<int32_t> spread_text(const kvmerge_observer & observer, const
 }
 
 bool kvmerge_needs_logits(const kvmerge_params & params) {
-    return params.bias == KVMERGE_BIAS_FIT || params.guard;
+    return params.bias == KVMERGE_BIAS_FIT;
 }
 
 // I(i): what the proxy queries give to cell i, summed over queries and the group's heads (FlowMM eq. 8)
@@ -164,9 +164,6 @@ static void build_importance(
     ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
     if (kvmerge_needs_logits(engine.params)) {
-        for (int32_t h = head; h < head + n_heads; ++h) {
-            plans[h].n_proxies = slots.size()*(layer.n_head/layer.n_head_kv);
-        }
         output_logits(graph, kq, plans, head, n_heads);
 
         if (!text.empty()) {

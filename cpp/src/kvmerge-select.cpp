@@ -7,7 +7,7 @@
 int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params) {
     const int32_t n = plan.cells.size();
 
-    plan.fate.assign(n, KVMERGE_DROPPED);
+    plan.drop_all();
 
     const int32_t n_keep = kvmerge_n_keep(params);
     const int32_t n_last = std::min(std::max(n_keep, (int32_t) (params.recent*n_cells)), n_cells);
@@ -17,14 +17,15 @@ int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerg
     for (int32_t i = n - 1; i >= 0 && n_forced < n_last; --i) {
         if (plan.cells[i].mass > 0) {
             // recent tokens beyond those are ordinary pivots
-            plan.fate[i] = n_forced < n_keep ? KVMERGE_PROTECTED : KVMERGE_KEPT;
+            plan.keep(i);
+            plan.is_protected[i] = n_forced < n_keep;
             n_forced++;
         }
     }
 
     for (int32_t i = 0; i < n && n_forced < n_cells; ++i) {
-        if (plan.cells[i].is_whole && plan.cells[i].mass > 0 && plan.fate[i] == KVMERGE_DROPPED) {
-            plan.fate[i] = KVMERGE_PROTECTED;
+        if (plan.cells[i].is_whole && plan.is_left(i)) {
+            plan.protect(i);
             n_forced++;
         }
     }
@@ -32,8 +33,8 @@ int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerg
     int32_t n_sink = 0;
 
     for (int32_t i = 0; i < n && n_sink < params.n_sink && n_forced < n_cells; ++i) {
-        if (plan.cells[i].mass > 0 && plan.fate[i] == KVMERGE_DROPPED) {
-            plan.fate[i] = KVMERGE_KEPT;
+        if (plan.is_left(i)) {
+            plan.keep(i);
             n_forced++;
             n_sink++;
         }
@@ -46,7 +47,7 @@ std::vector<int32_t> kvmerge_select_free(const kvmerge_plan & plan) {
     std::vector<int32_t> res;
 
     for (size_t i = 0; i < plan.cells.size(); ++i) {
-        if (plan.fate[i] == KVMERGE_DROPPED && plan.cells[i].mass > 0) {
+        if (plan.is_left(i)) {
             res.push_back(i);
         }
     }
@@ -60,20 +61,12 @@ void kvmerge_select_best(const kvmerge_plan & plan, std::vector<int32_t> & cells
     });
 }
 
-void kvmerge_select_finish(kvmerge_plan & plan) {
-    plan.kept.clear();
-
-    for (size_t i = 0; i < plan.cells.size(); ++i) {
-        if (plan.fate[i] == KVMERGE_KEPT || plan.fate[i] == KVMERGE_PROTECTED) {
-            plan.kept.push_back(i);
-        }
-    }
-}
-
 // the most sensitive pivots receive nothing (FlowMM eq. 10): those above the tau-quantile of the pivots' importance
 static void protect_sensitive(kvmerge_plan & plan, float tau) {
+    const auto kept = plan.kept();
+
     std::vector<float> scores;
-    for (int32_t i : plan.kept) {
+    for (int32_t i : kept) {
         scores.push_back(plan.score[i]);
     }
 
@@ -81,9 +74,9 @@ static void protect_sensitive(kvmerge_plan & plan, float tau) {
 
     std::nth_element(scores.begin(), scores.begin() + rank, scores.end());
 
-    for (int32_t i : plan.kept) {
+    for (int32_t i : kept) {
         if (plan.score[i] > scores[rank]) {
-            plan.fate[i] = KVMERGE_PROTECTED;
+            plan.protect(i);
         }
     }
 }
@@ -120,7 +113,7 @@ void kvmerge_select(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params &
         kvmerge_select_best(plan, cells, n);
 
         for (int32_t i = 0; i < n; ++i) {
-            plan.fate[cells[i]] = KVMERGE_KEPT;
+            plan.keep(cells[i]);
         }
     };
 
@@ -137,8 +130,6 @@ void kvmerge_select(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params &
         keep_best(text,  n_text);
         keep_best(media, n_free - n_text);
     }
-
-    kvmerge_select_finish(plan);
 
     protect_sensitive(plan, params.tau);
 }

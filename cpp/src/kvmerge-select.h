@@ -11,7 +11,7 @@ inline int32_t kvmerge_n_keep(const kvmerge_params & params) {
 
 // The cells that are kept whatever the scores say: the last min(n_keep, n_cells) and whole pictures, protected, and the
 // first n_sink.
-// Sets fate; returns how many.
+// Returns how many.
 int32_t kvmerge_select_forced(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
 
 // Indices of the cells that are neither forced nor empty.
@@ -20,9 +20,6 @@ std::vector<int32_t> kvmerge_select_free(const kvmerge_plan & plan);
 // Brings the n highest scores among `cells` to the front, in any order; ties go to the earlier cell.
 void kvmerge_select_best(const kvmerge_plan & plan, std::vector<int32_t> & cells, int32_t n);
 
-// Fills kept from fate.
-void kvmerge_select_finish(kvmerge_plan & plan);
-
-// KVMERGE_SELECT_TOP, _TEXT and _MODALITY: fills kept, and fate with KVMERGE_KEPT, _PROTECTED or _DROPPED.
+// KVMERGE_SELECT_TOP, _TEXT and _MODALITY: what is kept, and what of it is protected.
 //   n_cells  cells to keep, [1, n]
 void kvmerge_select(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);

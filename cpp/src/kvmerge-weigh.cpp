@@ -12,9 +12,8 @@ static constexpr float MAX_BIAS = 8.0f;
 
 void kvmerge_unfold(kvmerge_plan & plan) {
     for (size_t i = 0; i < plan.cells.size(); ++i) {
-        if (plan.fate[i] == KVMERGE_FOLDED) {
-            plan.fate  [i] = KVMERGE_DROPPED;
-            plan.target[i] = -1;
+        if (plan.is_folded(i)) {
+            plan.drop(i);
         }
     }
 }
@@ -30,7 +29,7 @@ void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params) {
             double  sum   = 0;
             int32_t count = 0;
             for (int32_t i = 0; i < n; ++i) {
-                if (plan.fate[i] == KVMERGE_FOLDED) {
+                if (plan.is_folded(i)) {
                     sum += plan.similarity[i];
                     count++;
                 }
@@ -39,9 +38,8 @@ void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params) {
         }
 
         for (int32_t i = 0; i < n; ++i) {
-            if (plan.fate[i] == KVMERGE_FOLDED && plan.similarity[i] < threshold) {
-                plan.fate  [i] = KVMERGE_DROPPED;
-                plan.target[i] = -1;
+            if (plan.is_folded(i) && plan.similarity[i] < threshold) {
+                plan.drop(i);
             }
         }
     }
@@ -49,7 +47,7 @@ void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params) {
     if (params.n_member > 0) {
         std::map<int32_t, std::vector<int32_t>> members;
         for (int32_t i = 0; i < n; ++i) {
-            if (plan.fate[i] == KVMERGE_FOLDED) {
+            if (plan.is_folded(i)) {
                 members[plan.target[i]].push_back(i);
             }
         }
@@ -60,80 +58,8 @@ void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params) {
                 std::stable_sort(list.begin(), list.end(), [&](int32_t a, int32_t b) { return plan.similarity[a] > plan.similarity[b]; });
             }
             for (size_t i = params.n_member; i < list.size(); ++i) {
-                plan.fate  [list[i]] = KVMERGE_DROPPED;
-                plan.target[list[i]] = -1;
+                plan.drop(list[i]);
             }
-        }
-    }
-}
-
-void kvmerge_residual_cells(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params) {
-    if (params.residual == KVMERGE_RESIDUAL_NONE) {
-        return;
-    }
-
-    const int32_t n = plan.cells.size();
-
-    const auto key = [&](int32_t i) { return params.residual == KVMERGE_RESIDUAL_SEGMENT ? plan.cells[i].segment : 0; };
-
-    const auto leftovers = [&]() {
-        std::map<int32_t, std::vector<int32_t>> res;
-        for (int32_t i = 0; i < n; ++i) {
-            if (plan.fate[i] == KVMERGE_DROPPED && plan.cells[i].mass > 0) {
-                res[key(i)].push_back(i);
-            }
-        }
-        return res;
-    };
-
-    // room: pivots with nothing folded into them, the least important first
-    std::vector<int32_t> n_members(n);
-    for (int32_t i = 0; i < n; ++i) {
-        if (plan.target[i] >= 0) {
-            n_members[plan.target[i]]++;
-        }
-    }
-
-    std::vector<int32_t> candidates;
-    for (int32_t i : plan.kept) {
-        if (plan.fate[i] == KVMERGE_KEPT && n_members[i] == 1) {
-            candidates.push_back(i);
-        }
-    }
-    std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) { return plan.score[a] < plan.score[b]; });
-
-    int32_t n_kept = plan.kept.size();
-
-    auto groups = leftovers();
-
-    for (int32_t i : candidates) {
-        if (n_kept + (int32_t) groups.size() <= n_cells) {
-            break;
-        }
-        plan.fate  [i] = KVMERGE_DROPPED;
-        plan.target[i] = -1;
-        groups[key(i)].push_back(i);
-        n_kept--;
-    }
-
-    for (auto & [segment, list] : leftovers()) {
-        if (n_kept >= n_cells) {
-            break;
-        }
-
-        const int32_t pivot = list.back();
-
-        for (int32_t i : list) {
-            plan.target[i] = pivot;
-            plan.fate  [i] = i == pivot ? KVMERGE_KEPT : KVMERGE_FOLDED;
-        }
-        n_kept++;
-    }
-
-    plan.kept.clear();
-    for (int32_t i = 0; i < n; ++i) {
-        if (plan.target[i] == i) {
-            plan.kept.push_back(i);
         }
     }
 }
@@ -177,10 +103,6 @@ void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params) {
                 // of unit keys: their squared distance is 2 - 2 cos; sigma^2 = 1/2
                 w = p == i ? 1 : std::exp(-2.0*(1.0 - plan.similarity[i]));
                 break;
-            case KVMERGE_FOLD_SCORE:
-                // the score is the attention of the whole cell: its mass is in it
-                w = std::max(1e-12f, plan.score[i])/plan.cells[i].mass;
-                break;
         }
 
         plan.weight[i] = w*plan.cells[i].mass;
@@ -202,7 +124,7 @@ template <typename vec_f, typename vec_i>
 KVMERGE_INLINE void compare_tile(const kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, const float * tile, float * rest, float * sum) {
     constexpr int N_LANES = sizeof(vec_f)/sizeof(float);
 
-    for (size_t c = 0; c < plan.kept.size(); ++c) {
+    for (size_t c = 0; c < groups.pivot.size(); ++c) {
         const int32_t j0 = groups.first[c];
         const int32_t j1 = groups.first[c + 1];
 
@@ -239,7 +161,7 @@ KVMERGE_INLINE void compare_tile(const kvmerge_plan & plan, const kvmerge_groups
             }
 
             if (!move_keys) {
-                logit(plan.kept[c], own);
+                logit(groups.pivot[c], own);
             }
 
             max -= own;
@@ -254,8 +176,8 @@ KVMERGE_FOR_EACH_WIDTH(compare_groups, compare_tile,
         (plan, groups, move_keys, tile, rest, sum))
 
 // log(sum of exp(logits of a group)) - logit of its new key, as the mean over the proxies
-static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys, int32_t first, int32_t step) {
-    const size_t n_groups = plan.kept.size();
+static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool move_keys) {
+    const size_t n_groups = groups.pivot.size();
 
     std::vector<float> rest(n_groups*KVMERGE_TILE);
     std::vector<float> sum (n_groups*KVMERGE_TILE);
@@ -277,7 +199,7 @@ static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool mo
             for (int32_t q = q0; q < std::min(q0 + KVMERGE_TILE, plan.n_queries); ++q) {
                 const float cur = rest[c*KVMERGE_TILE + q - q0];
 
-                if (q >= first && (q - first) % step == 0 && std::isfinite(cur)) {
+                if (std::isfinite(cur)) {
                     total[c] += cur;
                     product  *= sum[c*KVMERGE_TILE + q - q0];
                     count[c]++;
@@ -295,41 +217,30 @@ static void fit_bias(kvmerge_plan & plan, const kvmerge_groups & groups, bool mo
     }
 }
 
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, int32_t first, int32_t step) {
-    plan.bias.assign(plan.kept.size(), 0.0f);
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params) {
+    const auto groups = kvmerge_make_groups(plan);
+
+    plan.bias.assign(groups.pivot.size(), 0.0f);
 
     if (params.bias == KVMERGE_BIAS_NONE) {
         return;
     }
 
-    const auto groups = kvmerge_make_groups(plan);
-
-    for (size_t c = 0; c < plan.kept.size(); ++c) {
-        const int32_t p = plan.kept[c];
-
+    for (size_t c = 0; c < groups.pivot.size(); ++c) {
         if (groups.first[c + 1] - groups.first[c] == 1) {
-            plan.bias[c] = plan.cells[p].bias;
+            plan.bias[c] = plan.cells[groups.pivot[c]].bias;
             continue;
         }
 
-        double mass  = 0;
-        double score = 0;
+        double mass = 0;
         for (int32_t j = groups.first[c]; j < groups.first[c + 1]; ++j) {
-            mass  += plan.cells[groups.index[j]].mass;
-            score += plan.score[groups.index[j]];
+            mass += plan.cells[groups.index[j]].mass;
         }
 
-        if (params.bias == KVMERGE_BIAS_MASS) {
-            // what the pivot gave stays its own: its bias is part of its score
-            const double ratio = plan.score[p] > 0 ? score/plan.score[p] : mass;
-
-            plan.bias[c] = plan.cells[p].bias + std::min(3.0, std::max(0.0, std::log(ratio)));
-        } else {
-            plan.bias[c] = std::log(mass); // also where nothing can be fitted
-        }
+        plan.bias[c] = std::log(mass); // also where nothing can be fitted
     }
 
     if (params.bias == KVMERGE_BIAS_FIT) {
-        fit_bias(plan, groups, params.move_keys, first, step);
+        fit_bias(plan, groups, params.move_keys);
     }
 }

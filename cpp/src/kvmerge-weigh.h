@@ -11,12 +11,8 @@ void kvmerge_unfold(kvmerge_plan & plan);
 // KVMERGE_FOLD_EXP raises the threshold to the running mean of the similarities (D2O).
 void kvmerge_limit(kvmerge_plan & plan, const kvmerge_params & params);
 
-// Sends what has no pivot into residual cells: the last of these tokens becomes their pivot. `n_cells` is the budget:
-// the least important unprotected pivots make room.
-void kvmerge_residual_cells(kvmerge_plan & plan, int32_t n_cells, const kvmerge_params & params);
-
 // Fills weight.
 void kvmerge_weigh(kvmerge_plan & plan, const kvmerge_params & params);
 
-// Fills bias; KVMERGE_BIAS_FIT from every `step`-th query of plan.logits, from `first` on.
-void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params, int32_t first = 0, int32_t step = 1);
+// Fills bias; KVMERGE_BIAS_FIT from plan.logits.
+void kvmerge_fit_bias(kvmerge_plan & plan, const kvmerge_params & params);

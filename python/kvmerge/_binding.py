@@ -153,7 +153,6 @@ class EngineStats:
     n_cells_after: int
     n_layers: int
     n_heads: int
-    n_guarded: int
     bytes_per_cell: int
     bytes_after: int
     t_score_us: int

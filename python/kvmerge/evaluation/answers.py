@@ -47,8 +47,6 @@ class Answer:
         Cells that held them when the answer began, as the mean over the layers.
     kv_bytes : int
         Bytes of K and V of these cells.
-    guarded : float
-        Share of layers and heads in which a guarded method chose to drop instead of folding.
     """
 
     method: str
@@ -64,7 +62,6 @@ class Answer:
     tokens: int
     cells: float
     kv_bytes: int
-    guarded: float
 
     @property
     def key(self) -> Key:

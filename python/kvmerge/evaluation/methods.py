@@ -130,30 +130,14 @@ def _methods() -> Iterator[Method]:
         "flowmm",
         {
             "no-flow": ("folds into any kept token in every layer", {"match": "any"}),
-            "reversed-flow": (
-                "folds across modalities where little attention crosses them",
-                {"match": "flow-reversed"},
-            ),
             "no-sensitivity": ("important tokens take folds too", {"tau": 1.0}),
             "neither": ("no flow, no sensitivity", {"match": "any", "tau": 1.0}),
             "modality": ("never folds across modalities", {"match": "modality"}),
             "segment": ("never folds across pictures", {"match": "segment"}),
             "no-bias": ("no bias", {"bias": "none"}),
             "bias-count": ("bias by count", {"bias": "count"}),
-            "bias-mass": ("bias from measured attention", {"bias": "mass"}),
             "bias-fit": ("fitted bias", {"bias": "fit"}),
             "keep-keys": ("keys stay", {"keys": "keep"}),
-            "score-fold": (
-                "keys stay, values by importance, bias from measured attention",
-                {"keys": "keep", "fold": "score", "bias": "mass"},
-            ),
-            "residual": (
-                "one cell a picture for what found no partner",
-                {"residual": "segment", "bias": "fit"},
-            ),
-            "no-residual": ("no residual cells", {"residual": "none"}),
-            "guard": ("guarded", {"guard": True}),
-            "no-guard": ("not guarded", {"guard": False}),
         },
     )
     yield from _ablations(
@@ -164,16 +148,11 @@ def _methods() -> Iterator[Method]:
         },
     )
     yield from _ablations(
-        "snapkv",
-        {"residual": ("one cell a picture for the rest", {"residual": "segment", "bias": "fit"})},
-    )
-    yield from _ablations(
         "mosaic",
         {
             "evict": ("same selection, merging off", {"match": "none", "bias": "none"}),
             "no-bias": ("no bias", {"bias": "none"}),
             "bias-count": ("bias by count", {"bias": "count"}),
-            "bias-mass": ("bias from measured attention", {"bias": "mass"}),
             "bias-fit": ("fitted bias", {"bias": "fit"}),
             "keep-keys": ("keys stay", {"keys": "keep"}),
             "pivots=0": ("groups only", {"pivots": 0.0}),
@@ -200,10 +179,6 @@ def _methods() -> Iterator[Method]:
             "uniform": ("all layers keep the same", {"allocate": "uniform"}),
             "no-pooling": ("scores not pooled", {"neighbours": 1}),
             "no-value-norm": ("scores without the norm of values", {"value_norm": False}),
-            "residual": ("one more cell a picture for the rest", {"residual": "segment"}),
-            "no-residual": ("no residual cells", {"residual": "none"}),
-            "guard": ("guarded", {"guard": True}),
-            "no-guard": ("not guarded", {"guard": False}),
         },
     )
 

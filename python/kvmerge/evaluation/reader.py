@@ -161,13 +161,6 @@ class Reader:
         held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
         return held / last.bytes_per_cell, held
 
-    def guarded(self) -> float:
-        """Return the share of layers and heads in which the last merge chose to drop."""
-        engine = self._llama.engine
-        assert engine is not None
-        last = engine.stats()
-        return last.n_guarded / max(last.n_layers * last.n_heads, 1)
-
     def generate(self, max_tokens: int) -> str:
         """Return the greedy answer to what was read."""
         llama = self._llama

@@ -240,7 +240,6 @@ def answer(reader: Reader, work: Work) -> Iterator[list[Answer]]:
                         tokens=len(prompt.tokens),
                         cells=round(cells, 2),
                         kv_bytes=held,
-                        guarded=reader.guarded() if merged else 0.0,
                     )
                 )
             yield answers

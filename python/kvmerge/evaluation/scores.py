@@ -29,9 +29,8 @@ class Scores:
         Columns.
     values : dict
         Points of each row, [samples, tasks]; NaN where there is no answer.
-    tokens, cells, mib, guarded : dict
-        Tokens of the prompt, cells, MiB of K and V, and share of layers and heads that the guard
-        left as dropping, of each row, as means over its answers.
+    tokens, cells, mib : dict
+        Tokens of the prompt, cells, and MiB of K and V of each row, as means over its answers.
     """
 
     collection: str
@@ -41,7 +40,6 @@ class Scores:
     tokens: dict[Row, float]
     cells: dict[Row, float]
     mib: dict[Row, float]
-    guarded: dict[Row, float]
 
     @cached_property
     def budgets(self) -> tuple[float, ...]:
@@ -110,5 +108,4 @@ def _scores(mode: str, collection: str, answers: list[Answer]) -> Scores:
         tokens=means(lambda answer: answer.tokens),
         cells=means(lambda answer: answer.cells),
         mib=means(lambda answer: answer.kv_bytes / 2**20),
-        guarded=means(lambda answer: answer.guarded),
     )

@@ -140,10 +140,6 @@ def _section(scores: Scores) -> list[str]:
     ablations = [row for budget in scores.budgets for row in scores.rows(budget, ["ablation"])]
     if ablations:
         parts += ["### Ablations", _ablation_table(scores, ablations)]
-    guarded = [row for row in scores.values if _is_guarded(row)]
-    if guarded:
-        shares = (f"{_label(row)} at {row[1]:.0%} {scores.guarded[row]:.1%}" for row in guarded)
-        parts.append(f"Layers and heads that the guard left as dropping: {'; '.join(shares)}.")
     return parts
 
 
@@ -219,11 +215,6 @@ def _against_best(scores: Scores, row: Row, rows: Sequence[Row]) -> str:
 
 def _is_quantized(row: Row) -> bool:
     return row[0] in METHODS and METHODS[row[0]].kind == "quantized"
-
-
-def _is_guarded(row: Row) -> bool:
-    policy = METHODS[row[0]].policy if row[0] in METHODS else None
-    return policy is not None and policy.guard and row[1] < 1
 
 
 def _shown(interval: Interval | None) -> str:

@@ -29,30 +29,23 @@ class Policy:
         Which tokens are kept: the highest scores; text before all else; each modality by the
         attention that it gets; partly by score and partly as groups that cover every picture; or
         runs of similar neighbours become one.
-    match : {"flow", "any", "modality", "segment", "none", "flow-reversed"}
+    match : {"flow", "any", "modality", "segment", "none"}
         Where a token that is not kept may be folded: into any kept one where much attention
         crosses modalities and else into one of its modality; into any; into one of its modality;
-        into one of its own picture or stretch of text; or nowhere.  "flow-reversed" does in each
-        layer the opposite of "flow", to see what the flow is worth.
-    fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}
+        into one of its own picture or stretch of text; or nowhere.
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
         The weights in the mean of a group: equal; each member half and the kept token the rest;
-        by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.
-    bias : {"count", "none", "mass", "fit"}
+        by similarity; by its exponential; or by a Gaussian of the distance.
+    bias : {"count", "none", "fit"}
         What is added to the attention logit of a token that stands for others: the logarithm of
-        how many, nothing, what the window's queries say that the group weighs, or what they and as
-        many queries of text before them say after its key was moved.
-    residual : {"none", "segment", "all"}
-        Where tokens go that found no kept one: nowhere, into one cell for each picture or stretch
-        of text, or into one for all.
+        how many, nothing, or what the window's queries and as many queries of text before them say
+        that the group weighs.
     keys : {"move", "keep"}
         Whether the key of a token that stands for others becomes the mean of its group.
     pool : {"mean", "max"}
         How scores are pooled over neighbours.
     value_norm : bool
         Whether scores are multiplied with the norm of the value.
-    guard : bool
-        Whether heads whose folds make the output of held-out queries of the window worse than
-        dropping would are left as dropping; ``kv_stats`` tells how many.
     window : int
         Tokens at the end of the prompt whose queries score, 1 to 256.
     keep : int
@@ -93,11 +86,9 @@ class Policy:
     match: str = "flow"
     fold: str = "mean"
     bias: str = "count"
-    residual: str = "none"
     keys: str = "move"
     pool: str = "mean"
     value_norm: bool = False
-    guard: bool = False
     window: int = 16
     keep: int = 0
     sinks: int = 4

@@ -41,13 +41,13 @@ class FlowMM(Policy):
         tokens makes it exact.
     keys : {"move", "keep"}
         Whether the key of a token that stands for others becomes the mean of its group.
-    bias : {"fit", "count", "mass", "none"}
+    bias : {"fit", "count", "none"}
         What such a token's attention logit gets: what makes the window's queries and as many of the
         text before give it the attention of its group, the logarithm of the number it stands for,
-        the logarithm of the measured ratio of attention, or nothing.  The paper leaves it open.
-    fold : {"mean", "pivot", "weighted", "exp", "gaussian", "score"}
+        or nothing.  The paper leaves it open.
+    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
         The weights in the mean of a group: equal; each member half and the kept token the rest;
-        by similarity; by its exponential; by a Gaussian of the distance; or by the scores of all.
+        by similarity; by its exponential; or by a Gaussian of the distance.
     """
 
     name: ClassVar[str] = "flowmm"

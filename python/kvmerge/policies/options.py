@@ -100,17 +100,13 @@ OPTIONS: dict[str, Word | Whole | Number | Flag] = {
     "match": Word(
         "match",
         "flow",
-        {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4, "flow-reversed": 5},
+        {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4},
     ),
-    "fold": Word(
-        "fold", "mean", {"mean": 0, "pivot": 1, "weighted": 2, "exp": 3, "gaussian": 4, "score": 5}
-    ),
-    "bias": Word("bias", "count", {"none": 0, "count": 1, "mass": 2, "fit": 3}),
-    "residual": Word("residual", "none", {"none": 0, "segment": 1, "all": 2}),
+    "fold": Word("fold", "mean", {"mean": 0, "pivot": 1, "weighted": 2, "exp": 3, "gaussian": 4}),
+    "bias": Word("bias", "count", {"none": 0, "count": 1, "fit": 2}),
     "keys": Word("move_keys", "move", {"keep": 0, "move": 1}),
     "pool": Word("pool_max", "mean", {"mean": 0, "max": 1}),
     "value_norm": Flag("value_norm", False),
-    "guard": Flag("guard", False),
     "window": Whole("n_window", 16, 1, 256),
     "keep": Whole("n_keep", 0, 0, 256),
     "sinks": Whole("n_sink", 4, 0, 256),
