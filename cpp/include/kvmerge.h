@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 8
+#define KVMERGE_API_VERSION 9
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -93,6 +93,7 @@ enum kvmerge_select {
     KVMERGE_SELECT_MODALITY = 2, // the budget is split by the attention each modality gets (MadaKV)
     KVMERGE_SELECT_MOSAIC   = 3, // part by score, part as groups that cover every picture (mosaic)
     KVMERGE_SELECT_RUNS     = 4, // runs of similar neighbours become one token (KVMerger)
+    KVMERGE_SELECT_MEDIA    = 5, // all text, and groups that cover every picture (auto)
 };
 
 // match: into which pivots an evicted token may fold
@@ -162,6 +163,8 @@ struct kvmerge_stats {
     int32_t n_cells_after;   // cells after it (of the layer that has most)
     int32_t n_layers;        // layers whose cache is merged
     int32_t n_heads;         // KV heads of a layer (the largest, where layers differ)
+    int32_t n_text_before;   // cells of text before the last merge and after it, as the mean over layers and heads
+    int32_t n_text_after;
     int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
     int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
     int64_t t_score_us;      // time of the last merge: reading scores and flow,

@@ -83,9 +83,9 @@ bool kvmerge_allocates_by_score(const kvmerge_params & params) {
 std::vector<int32_t> kvmerge_allocate(
         const std::vector<std::vector<kvmerge_plan>> & plans,
         const std::vector<kvmerge_flow>              & flows,
-        int32_t n, int32_t n_cells, int32_t n_most, const kvmerge_params & params) {
+        int32_t n, int32_t n_cells, int32_t n_least, int32_t n_most, const kvmerge_params & params) {
     const int32_t n_layers = plans.size();
-    const int32_t n_min    = std::min(n_cells, params.n_sink + kvmerge_n_keep(params));
+    const int32_t n_min    = std::min(n_cells, n_least);
 
     std::vector<double> want(n_layers, n_cells);
 

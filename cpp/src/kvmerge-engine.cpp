@@ -87,7 +87,7 @@ static kvmerge_status check_params(const kvmerge_params & params) {
     } ranges[] = {
         { "score",       (double) params.score,       KVMERGE_SCORE_PROXY,      KVMERGE_SCORE_ALL        },
         { "allocate",    (double) params.allocate,    KVMERGE_ALLOCATE_UNIFORM, KVMERGE_ALLOCATE_EARLY   },
-        { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_RUNS      },
+        { "select",      (double) params.select,      KVMERGE_SELECT_TOP,       KVMERGE_SELECT_MEDIA     },
         { "match",       (double) params.match,       KVMERGE_MATCH_NONE,       KVMERGE_MATCH_SEGMENT    },
         { "fold",        (double) params.fold,        KVMERGE_FOLD_MEAN,        KVMERGE_FOLD_GAUSSIAN    },
         { "bias",        (double) params.bias,        KVMERGE_BIAS_NONE,        KVMERGE_BIAS_FIT         },
@@ -896,6 +896,94 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
     return updated;
 }
 
+kvmerge_engine::modality_counts kvmerge_engine::count_modalities(const std::vector<uint32_t> & cells) const {
+    modality_counts res;
+
+    int64_t last = -1;
+    for (uint32_t idx : cells) {
+        const auto & cur = cell(idx, 0, 0);
+
+        if (cur.mass > 0 && cur.modality == KVMERGE_TEXT) {
+            res.n_text++;
+        } else if (cur.mass > 0) {
+            res.n_media++;
+            res.n_segments += cur.segment != last;
+            last = cur.segment;
+        }
+    }
+
+    return res;
+}
+
+int32_t kvmerge_engine::n_text_kept(int32_t n_cells, const std::vector<uint32_t> & cells, llama_seq_id seq_id) const {
+    if (params.select != KVMERGE_SELECT_MEDIA) {
+        return 0;
+    }
+
+    const auto n = count_modalities(cells);
+
+    int32_t n_media = 0; // cells that text leaves to pictures and sounds
+
+    if (room.is_tight) {
+        // Cells are short: the media give way first, down to their floor and an eighth of their part, lest a long text leaves
+        // nothing of them.
+        n_media = (int64_t) n_cells*n.n_media/std::max(1, n.n_text + n.n_media)/8;
+        if (room.share > 0) {
+            n_media = std::min<int32_t>(n_media, std::ceil(room.share*(sequences[seq_id].n_seen - n.n_text)));
+        }
+        n_media = std::min(std::max(n_media, params.n_floor*n.n_segments), n.n_media);
+    }
+
+    return std::min(n.n_text, std::max(n_cells - n_media, std::min(n_cells, 1)));
+}
+
+std::vector<int32_t> kvmerge_engine::layer_budgets(
+        const std::vector<std::vector<kvmerge_plan>> & plans, const std::vector<kvmerge_flow> & flows,
+        const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_text, int32_t n_most) const {
+    if (params.select != KVMERGE_SELECT_MEDIA) {
+        return kvmerge_allocate(plans, flows, cells.size(), n_cells, params.n_sink + kvmerge_n_keep(params), n_most, params);
+    }
+
+    // what stays as it is takes its cells in every layer; the layers differ in what is left
+    std::vector<kvmerge_plan> first(1);
+    for (uint32_t idx : cells) {
+        first[0].cells.push_back(cell(idx, 0, 0));
+    }
+    mark_whole(n_cells, n_text, first);
+
+    const int32_t n_fixed = n_text + std::count_if(first[0].cells.begin(), first[0].cells.end(), [](const auto & cur) { return cur.is_whole; });
+
+    auto res = kvmerge_allocate(plans, flows, cells.size() - n_fixed, n_cells - n_fixed,
+            params.n_floor*count_modalities(cells).n_segments, n_most - n_fixed, params);
+
+    for (auto & n : res) {
+        n += n_fixed;
+    }
+
+    return res;
+}
+
+void kvmerge_engine::count_text(int32_t & n_before, int32_t & n_after) const {
+    int64_t before  = 0;
+    int64_t after   = 0;
+    int64_t n_plans = 0;
+
+    for (const auto & layer_plans : plans) {
+        for (const auto & plan : layer_plans) {
+            for (size_t i = 0; i < plan.cells.size(); ++i) {
+                if (plan.cells[i].modality == KVMERGE_TEXT && plan.cells[i].mass > 0) {
+                    before++;
+                    after += plan.is_kept(i);
+                }
+            }
+            n_plans++;
+        }
+    }
+
+    n_before = n_plans > 0 ? (before + n_plans/2)/n_plans : 0;
+    n_after  = n_plans > 0 ? (after  + n_plans/2)/n_plans : 0;
+}
+
 kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most) {
     const int64_t t_start = ggml_time_us();
 
@@ -906,6 +994,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     }
 
     const auto cells = sequence_cells(seq_id);
+
+    const int32_t n_text = n_text_kept(n_cells, cells, seq_id);
 
     std::vector<std::vector<kvmerge_plan>> plans_new(layers.size());
     std::vector<kvmerge_flow>              flows_new(layers.size());
@@ -939,7 +1029,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
             return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed in layer %d", layers[l].il);
         }
 
-        mark_whole(n_cells, plans_new[l]);
+        mark_whole(n_cells, n_text, plans_new[l]);
 
         if (params.score == KVMERGE_SCORE_POSITION) {
             for (auto & plan : plans_new[l]) {
@@ -974,8 +1064,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         auto & layer_plans = plans_new[l];
         bool   ok          = true;
 
-        if (params.select == KVMERGE_SELECT_MOSAIC) {
-            ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budget);
+        if (params.select == KVMERGE_SELECT_MOSAIC || params.select == KVMERGE_SELECT_MEDIA) {
+            ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budget, n_text);
         } else if (params.select == KVMERGE_SELECT_RUNS) {
             ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budget);
         } else {
@@ -1022,7 +1112,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     // One layer after the other where the sizes do not depend on the scores: the logits of all layers would be a lot.
     const bool by_score = kvmerge_allocates_by_score(params);
 
-    const auto allocate = [&]() { return kvmerge_allocate(plans_new, flows_new, cells.size(), n_cells, n_most, params); };
+    const auto allocate = [&]() { return layer_budgets(plans_new, flows_new, cells, n_cells, n_text, n_most); };
 
     std::vector<int32_t> budgets;
     if (!by_score) {
@@ -1093,6 +1183,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     const int64_t t_end = ggml_time_us();
 
     stats.n_merges++;
+    count_text(stats.n_text_before, stats.n_text_after);
     stats.n_tokens       = sequences[seq_id].n_seen;
     stats.n_cells_before = cells.size();
     stats.n_cells_after  = n_after;

@@ -221,7 +221,27 @@ private:
     void attach_tensors();
 
     // the last pictures are kept whole while they leave room for the rest
-    void mark_whole(int32_t n_cells, std::vector<kvmerge_plan> & plans) const;
+    void mark_whole(int32_t n_cells, int32_t n_text, std::vector<kvmerge_plan> & plans) const;
+
+    // cells of text among those of a sequence, and pictures and sounds: as the first head sees them
+    struct modality_counts {
+        int32_t n_text     = 0;
+        int32_t n_media    = 0;
+        int32_t n_segments = 0; // of media
+    };
+
+    modality_counts count_modalities(const std::vector<uint32_t> & cells) const;
+
+    // cells of text that a merge down to n_cells leaves in every layer; KVMERGE_SELECT_MEDIA only, else 0
+    int32_t n_text_kept(int32_t n_cells, const std::vector<uint32_t> & cells, llama_seq_id seq_id) const;
+
+    // how many cells each layer keeps, with a mean of n_cells
+    std::vector<int32_t> layer_budgets(
+            const std::vector<std::vector<kvmerge_plan>> & plans, const std::vector<kvmerge_flow> & flows,
+            const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_text, int32_t n_most) const;
+
+    // of the last merge, as the mean over layers and heads
+    void count_text(int32_t & n_before, int32_t & n_after) const;
 
     // compact: cells[0, B) of the sequence take the pivots, the others are freed
     void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);

@@ -211,14 +211,61 @@ static int32_t text_cells(const kvmerge_plan & plan, int32_t n_free, int32_t n_m
     return std::max(0, std::min(want, n_free - media));
 }
 
+// Text and whole pictures that stay as they are; no word is averaged with another. Where text has to shrink, half of what
+// stays are the last tokens, for what is being said, and the rest its first tokens and those that get most attention.
+// Returns the number of cells.
+static int32_t keep_text(kvmerge_plan & plan, int32_t n_cells, int32_t n_text, const kvmerge_params & params) {
+    const int32_t n = plan.cells.size();
+
+    plan.drop_all();
+
+    int32_t n_whole = 0;
+
+    std::vector<int32_t> text;
+    for (int32_t i = 0; i < n; ++i) {
+        const auto & cell = plan.cells[i];
+
+        if (cell.mass > 0 && cell.modality == KVMERGE_TEXT) {
+            text.push_back(i);
+        } else if (cell.mass > 0 && cell.is_whole && n_whole < n_cells - n_text) {
+            plan.protect(i);
+            n_whole++;
+        }
+    }
+
+    n_text = std::min<int32_t>(n_text, text.size());
+
+    if (n_text < (int32_t) text.size()) {
+        const int32_t n_sink = std::min(params.n_sink, n_text/2);
+        const int32_t n_last = std::min(n_text - n_sink, std::max(kvmerge_n_keep(params), (int32_t) (params.recent*n_text)));
+
+        std::vector<int32_t> best(text.begin() + n_sink, text.end() - n_last);
+        kvmerge_select_best(plan, best, n_text - n_sink - n_last);
+        best.resize(n_text - n_sink - n_last);
+
+        best.insert(best.end(), text.begin(),        text.begin() + n_sink);
+        best.insert(best.end(), text.end() - n_last, text.end());
+
+        text = std::move(best);
+    }
+    for (int32_t i : text) {
+        plan.protect(i);
+    }
+
+    return n_whole + n_text;
+}
+
 bool kvmerge_mosaic_layer(
               kvmerge_graph         & graph,
         const kvmerge_engine        & engine,
         const kvmerge_layer         & layer,
         const std::vector<uint32_t> & cells,
         std::vector<kvmerge_plan>   & plans,
-              int32_t                 n_cells) {
+              int32_t                 n_cells,
+              int32_t                 n_text_kept) {
     const auto & params = engine.params;
+
+    const bool text_alone = params.select == KVMERGE_SELECT_MEDIA;
 
     std::vector<mosaic_job> jobs;
     std::vector<int32_t>    rows; // of the cache, for the members of all jobs
@@ -244,7 +291,7 @@ bool kvmerge_mosaic_layer(
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
         auto & plan = plans[h];
 
-        const int32_t n_free = n_cells - kvmerge_select_forced(plan, n_cells, params);
+        const int32_t n_free = n_cells - (text_alone ? keep_text(plan, n_cells, n_text_kept, params) : kvmerge_select_forced(plan, n_cells, params));
 
         for (int32_t i : plan.kept()) {
             plan.protect(i); // sinks and recent tokens stay as they are
@@ -258,7 +305,7 @@ bool kvmerge_mosaic_layer(
             n_media_floor += block.n_floor;
         }
 
-        const int32_t n_text  = text_cells(plan, n_free, n_media_floor, params.text);
+        const int32_t n_text  = text_alone ? 0 : text_cells(plan, n_free, n_media_floor, params.text);
         const int32_t n_media = n_free - n_text;
 
         // the floor goes to groups before any pivot

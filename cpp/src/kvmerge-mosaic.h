@@ -11,6 +11,7 @@
 #include "kvmerge-engine.h"
 
 // Fills target and is_protected of plans[head]; what is dropped is text that does not fit and has no group.
+// n_text: cells that text keeps as they are, of n_cells; KVMERGE_SELECT_MEDIA only
 // The graph brings the keys of what is grouped, and runs. false: the backend failed.
 bool kvmerge_mosaic_layer(
               kvmerge_graph         & graph,
@@ -18,4 +19,5 @@ bool kvmerge_mosaic_layer(
         const kvmerge_layer         & layer,
         const std::vector<uint32_t> & cells,
         std::vector<kvmerge_plan>   & plans,
-              int32_t                 n_cells);
+              int32_t                 n_cells,
+              int32_t                 n_text);

@@ -31,6 +31,9 @@
 // get_n_kv() pads to as many, and so do the backends' attention kernels
 static constexpr uint32_t STEP = 256;
 
+// tokens that fit after a merge for want of room, before the next one: a merge costs as much as some ten of them
+static constexpr int32_t MIN_STRETCH = 64;
+
 // A layer stores a multiple of so many cells: on a device as many as the kernels are made for, in the host's memory the
 // tile of its flash attention.
 static uint32_t layer_step(const kvmerge_layer & layer) {
@@ -544,12 +547,17 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
                 continue;
             }
 
-            // its share of what may stay; some less, lest the next batch merges again
-            const int32_t n_most = (int64_t) (n_max - n_tokens)*cells.size()/n_used;
+            // Its share of what may stay; less than that in every layer, lest the next tokens merge again.
+            const int32_t n_fit  = (int64_t) (n_max - n_tokens)*cells.size()/n_used;
+            const int32_t n_most = n_fit - std::min(n_fit/2, std::max<int32_t>(n_fit/8, MIN_STRETCH));
 
-            int32_t n_target = n_most - n_most/8;
+            const bool    text_alone = params.select == KVMERGE_SELECT_MEDIA;
+            const int32_t n_text     = text_alone ? std::min(count_modalities(cells).n_text, n_most) : 0;
+
+            // where layers differ, the widest has n_most
+            int32_t n_target = n_most - (params.allocate == KVMERGE_ALLOCATE_UNIFORM ? 0 : (n_most - n_text)/8);
             if (room.share > 0) {
-                n_target = std::min(n_target, (int32_t) std::ceil(room.share*sequences[s].n_seen));
+                n_target = std::min(n_target, n_text + (int32_t) std::ceil(room.share*(sequences[s].n_seen - n_text)));
             }
             n_target = std::max(n_target, std::min(params.n_sink + kvmerge_n_keep(params) + 1, n_most));
 
@@ -575,15 +583,17 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
     return resize(std::max(table.size(), std::min(n_max, round_up(n))), first_cells());
 }
 
-void kvmerge_engine::mark_whole(int32_t n_cells, std::vector<kvmerge_plan> & plans) const {
+void kvmerge_engine::mark_whole(int32_t n_cells, int32_t n_text, std::vector<kvmerge_plan> & plans) const {
     // while a prompt is being read, the newest picture has not been asked about yet
     const int32_t n_whole = std::max<int32_t>(room.n_whole, room.is_tight);
 
-    int32_t n_left  = n_cells - params.n_sink - kvmerge_n_keep(params);
+    const int32_t n_free = n_cells - n_text;
+
+    int32_t n_left  = n_free - (n_text > 0 ? 0 : params.n_sink + kvmerge_n_keep(params));
     int32_t segment = -1; // the last one that was marked
 
     // where nothing else is asked for, one half goes to what is older
-    n_left = room.n_whole > 0 ? n_left : std::min(n_left, n_cells/2);
+    n_left = room.n_whole > 0 ? n_left : std::min(n_left, n_free/2);
 
     for (auto & plan : plans) {
         for (auto & cell : plan.cells) {

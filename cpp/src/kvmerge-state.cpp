@@ -18,7 +18,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 4;
+static constexpr uint32_t STATE_VERSION = 5;
 
 // of tokens, positions and segments: beyond any context, and they can still be counted on
 static constexpr int32_t MAX_COUNT = 1 << 30;
@@ -412,7 +412,8 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
             refuse("the flow between modalities is damaged");
         }
     }
-    for (int32_t count : { stats_saved.n_merges, stats_saved.n_tokens, stats_saved.n_cells_before, stats_saved.n_cells_after }) {
+    for (int32_t count : { stats_saved.n_merges, stats_saved.n_tokens, stats_saved.n_cells_before, stats_saved.n_cells_after,
+                         stats_saved.n_text_before, stats_saved.n_text_after }) {
         if (!is_count(count)) {
             refuse("the figures of the last merge are damaged");
         }

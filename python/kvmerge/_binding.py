@@ -153,6 +153,8 @@ class EngineStats:
     n_cells_after: int
     n_layers: int
     n_heads: int
+    n_text_before: int
+    n_text_after: int
     bytes_per_cell: int
     bytes_after: int
     t_score_us: int

@@ -18,7 +18,8 @@ class Budget:
     ----------
     kept : float or int
         A float in (0, 1] is the fraction of the tokens that is **kept**; a whole number of at
-        least 1 is the number of cells that are kept.
+        least 1 is the number of cells that are kept.  What it is of is for the policy to say: all
+        tokens, or those of pictures and sound.
 
     Raises
     ------

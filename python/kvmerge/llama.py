@@ -142,7 +142,9 @@ class Llama(StockLlama):
     kv_budget : float or int
         What is **kept**: a float in (0, 1] is a fraction of the tokens, an int is cells.  A
         fraction never goes below the tokens that the policy always keeps (its sinks and window).
-        1.0 never merges.
+        1.0 never merges.  With ``kv_merge="auto"`` it is what is kept of pictures and sound, as a
+        fraction of their tokens or as cells for all of them; text is kept whole beside it, unless
+        `kv_max_cells` leaves no room.
     merge_before : int
         How many of the prompt's last tokens are read after the merge instead of before it.  With 0
         the whole prompt is read before, and the first token of the answer still comes from the
@@ -207,6 +209,8 @@ class Llama(StockLlama):
         self._check_options(options)
         self._policy = resolve(kv_merge)
         self._budget = Budget(kv_budget)
+        if self._policy is not None:
+            self._policy.check_budget(self._budget)
         self._merge_before = option_table.whole(0)("merge_before", merge_before)
         self._cap = None if kv_max_cells is None else Cap(kv_max_cells)
         self._whole = option_table.whole(0)("keep_last_images", keep_last_images)
@@ -692,7 +696,10 @@ class Llama(StockLlama):
             return
         # What stays as it is comes on top of a fraction; a number of cells is what was asked for.
         whole = 0 if isinstance(self._budget.kept, int) else self._whole_tokens()
-        budget = whole + self._budget.cells(self.n_tokens - whole, self._policy.always_kept)
+        media = sum(span.end - span.start for span in self._spans)
+        budget = whole + self._policy.kept_cells(
+            self._budget, self.n_tokens - media, media - whole, len(self._spans)
+        )
         before, bytes_before = self._held()
         if before <= budget:
             return
@@ -720,11 +727,14 @@ class Llama(StockLlama):
             before = last.n_cells_before
             bytes_before = before * last.bytes_per_cell
         ms, after = last.t_total_us / 1000, round(last.bytes_after / last.bytes_per_cell)
-        self._merges.append(MergeRecord(last.n_tokens, before, after, ms))
+        text, text_after = last.n_text_before, last.n_text_after
+        self._merges.append(MergeRecord(last.n_tokens, before, after, ms, text, text_after))
         log.info(
-            "merged %d cells into %d (%d tokens, %d positions), %.2f MiB into %.2f MiB, %.1f ms",
+            "merged %d cells into %d (%s; %d tokens, %d positions), %.2f MiB into %.2f MiB, "
+            "%.1f ms",
             before,
             after,
+            f"text: {text} into {text_after}" if text_after < text else "all text kept",
             last.n_tokens,
             self._position(last.n_tokens),
             bytes_before / _MIB,
@@ -1075,6 +1085,7 @@ class Llama(StockLlama):
                 mib_full=self.n_tokens * per_cell / _MIB,
                 policy="none" if policy is None else str(policy),
                 budget=None if policy is None else self._budget.kept,
+                budget_of="tokens" if policy is None else policy.budget_of,
             )
         per_cell = engine.stats().bytes_per_cell
         flow: list[LayerFlow] = []
@@ -1098,6 +1109,7 @@ class Llama(StockLlama):
             mib_full=self.n_tokens * per_cell / _MIB,
             policy=str(policy),
             budget=self._budget.kept,
+            budget_of=policy.budget_of,
             merges=tuple(self._merges),
             last_merge_ms=self._merges[-1].ms if self._merges else 0.0,
             flow=tuple(flow),

@@ -258,7 +258,8 @@ class Estimate:
 
     def _kept(self, tokens: int) -> int:
         """Return the cells that are held of some tokens after the merge."""
-        return self._budget.cells(tokens, self._policy.always_kept)
+        # As if all were pictures: text is a small part of a prompt that shows some.
+        return self._policy.kept_cells(self._budget, 0, tokens, 1)
 
     def _capped(self, cells: int) -> int:
         cells = _round_up(max(cells, self._options.n_ubatch))

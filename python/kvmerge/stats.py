@@ -43,12 +43,16 @@ class MergeRecord:
         Cells held before and after.
     ms : float
         How long it took.
+    text_before, text_after : int
+        Cells of text among them, before and after, as the mean over layers and KV heads.
     """
 
     tokens: int
     cells_before: int
     cells_after: int
     ms: float
+    text_before: int
+    text_after: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class KVStats:
         The policy; ``"none"`` when merging is off.
     budget : float or int or None
         What is kept: a fraction of the tokens, or a number of cells; None when merging is off.
+    budget_of : str
+        What the budget is of: ``"tokens"``, or ``"media"`` where text is left alone and the budget
+        says what is kept of pictures and sound.
     merges : tuple of MergeRecord
         The merges since the cache was last empty.
     last_merge_ms : float
@@ -93,6 +100,7 @@ class KVStats:
     mib_full: float
     policy: str
     budget: float | int | None
+    budget_of: str = "tokens"
     merges: tuple[MergeRecord, ...] = ()
     last_merge_ms: float = 0.0
     flow: tuple[LayerFlow, ...] = ()
@@ -115,11 +123,21 @@ class KVStats:
         if self.budget is None:
             lines.append("merging         off")
             return "\n".join(lines)
-        unit = "cells" if isinstance(self.budget, int) else "of the tokens"
         lines.append(f"policy          {self.policy}")
-        lines.append(f"budget          {self.budget:g} {unit} kept")
+        if self.budget_of == "media":
+            unit = "cells for" if isinstance(self.budget, int) else "of"
+            kept = f"{self.budget:g} {unit} pictures and sound kept"
+            lines.append(f"budget          {kept}, and all text")
+        else:
+            unit = "cells" if isinstance(self.budget, int) else "of the tokens"
+            lines.append(f"budget          {self.budget:g} {unit} kept")
         last = f", the last took {self.last_merge_ms:.1f} ms" if self.merges else ""
         lines.append(f"merges          {len(self.merges)}{last}")
+        lost = sum(merge.text_before - merge.text_after for merge in self.merges)
+        if lost:
+            lines.append(f"text            {lost} tokens were merged or dropped")
+        elif self.merges:
+            lines.append("text            all of it is kept as it was")
         if self.flow:
             lines.append("flow            layer    rho  text->media  media->text  folds across")
         for layer in self.flow:

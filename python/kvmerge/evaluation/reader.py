@@ -141,7 +141,10 @@ class Reader:
         if policy is None:
             return False
         assert llama.engine is not None
-        cells = Budget(budget).cells(llama.n_tokens, policy.always_kept)
+        media = sum(span.end - span.start for span in llama.media_spans)
+        cells = policy.kept_cells(
+            Budget(budget), llama.n_tokens - media, media, len(llama.media_spans)
+        )
         if cells >= llama.engine.n_cells():
             return False
         try:

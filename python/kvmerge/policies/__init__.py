@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .auto import Auto
 from .base import Policy
 from .d2o import D2O
 from .evict import Evict
@@ -21,6 +22,7 @@ __all__ = [
     "H2O",
     "MEDA",
     "PRESETS",
+    "Auto",
     "Evict",
     "FlowMM",
     "KVMerger",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from ..errors import PolicyError
+from ..budget import Budget
+from ..errors import BudgetError, PolicyError
 from .options import OPTIONS
 
 
@@ -25,10 +26,10 @@ class Policy:
         How many cells each layer gets: the same, fewer with depth, as many as cover the share
         `cover` of each modality's attention, by the entropy of attention between modalities, or
         twice the mean in the first quarter of the layers.
-    select : {"top", "text", "modality", "mosaic", "runs"}
+    select : {"top", "text", "modality", "mosaic", "runs", "media"}
         Which tokens are kept: the highest scores; text before all else; each modality by the
-        attention that it gets; partly by score and partly as groups that cover every picture; or
-        runs of similar neighbours become one.
+        attention that it gets; partly by score and partly as groups that cover every picture; runs
+        of similar neighbours become one; or all text beside groups that cover every picture.
     match : {"flow", "any", "modality", "segment", "none"}
         Where a token that is not kept may be folded: into any kept one where much attention
         crosses modalities and else into one of its modality; into any; into one of its modality;
@@ -133,6 +134,44 @@ class Policy:
     def always_kept(self) -> int:
         """Tokens that a merge keeps whatever the budget: the sinks and the last ones."""
         return int(self.sinks + (self.keep or self.window))
+
+    @property
+    def budget_of(self) -> str:
+        """What a budget is of: ``"tokens"``, or ``"media"`` where text is left alone."""
+        return "media" if self.select == "media" else "tokens"
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a number of cells that leaves nothing but the first and last tokens.
+
+        Raises
+        ------
+        BudgetError
+            If it does.
+        """
+        least = int(self.sinks + max(self.keep, self.window)) + 1
+        if isinstance(budget.kept, int) and budget.kept < least:
+            meant = "1.0 keeps everything" if budget.kept == 1 else "a float is a fraction"
+            raise BudgetError(
+                f"kv_budget={budget.kept}: a whole number is cells, and {budget.kept} of them hold "
+                f"nothing of the prompt but its first and last tokens: at least {least} are needed "
+                f"with {self.name}. Did you mean a fraction? {meant}, 0.2 a fifth"
+            )
+
+    def kept_cells(self, budget: Budget, n_text: int, n_media: int, n_spans: int) -> int:
+        """Return the cells that a merge leaves.
+
+        Parameters
+        ----------
+        budget : Budget
+            What is asked for.
+        n_text, n_media : int
+            Tokens of text, and of pictures and sound.
+        n_spans : int
+            Pictures and sounds.
+        """
+        if self.budget_of == "media":
+            return n_text + budget.cells(n_media, n_spans * self.floor)
+        return budget.cells(n_text + n_media, self.always_kept)
 
     def __str__(self) -> str:
         """Return the name with what differs from the defaults of the method."""

@@ -96,7 +96,11 @@ OPTIONS: dict[str, Word | Whole | Number | Flag] = {
         "uniform",
         {"uniform": 0, "pyramid": 1, "cover": 2, "entropy": 3, "early": 4},
     ),
-    "select": Word("select", "top", {"top": 0, "text": 1, "modality": 2, "mosaic": 3, "runs": 4}),
+    "select": Word(
+        "select",
+        "top",
+        {"top": 0, "text": 1, "modality": 2, "mosaic": 3, "runs": 4, "media": 5},
+    ),
     "match": Word(
         "match",
         "flow",

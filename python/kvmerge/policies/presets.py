@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import PolicyError, did_you_mean
+from .auto import Auto
 from .base import Policy
 from .d2o import D2O
 from .evict import Evict
@@ -30,10 +31,9 @@ PRESETS: dict[str, Policy | None] = {
     "pyramid": Pyramid(),
     "kvmerger": KVMerger(),
     "streaming": Streaming(),
-    "auto": Mosaic(),
+    "auto": Auto(),
 }
-"""Every accepted name with its policy; ``None`` is merging off, ``"auto"`` is the method that kept
-most answers in the quality table."""
+"""Every accepted name with its policy; ``None`` is merging off."""
 
 
 def presets() -> tuple[str, ...]:
