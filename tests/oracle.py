@@ -267,6 +267,24 @@ def mosaic(
     return target
 
 
+def media(
+    k: Array, score: Array, modality: Index, segment: Index, budget: int, p: dict[str, Any]
+) -> Index:
+    """Targets of ``auto`` with room enough: text as it is, each picture in groups."""
+    text = np.flatnonzero(modality == 0)
+    target = np.full(len(score), -1, dtype=np.int64)
+    target[text] = text
+    pictures = [np.flatnonzero((modality > 0) & (segment == s)) for s in np.unique(segment)]
+    pictures = [picture for picture in pictures if len(picture)]
+    floors = [p["floor"]] * len(pictures)
+    counts = share([len(picture) for picture in pictures], floors, budget - len(text))
+    for picture, count in zip(pictures, counts, strict=True):
+        if count:
+            for i, seed in k_center(k, score, picture.tolist(), count).items():
+                target[i] = seed
+    return target
+
+
 def runs(k: Array, score: Array, segment: Index, budget: int, p: dict[str, Any]) -> Index:
     """KVMerger: half of the free cells by score, the rest as runs of similar neighbours."""
     n = len(score)

@@ -331,7 +331,7 @@ def test_template_that_forgets_pictures(llama: Factory, prompt: pocket.Prompt) -
 
 def test_shorter_chat_after_a_merge(llama: Factory) -> None:
     """A cache is not cut right behind a token that was merged away: nothing could follow on it."""
-    llm = llama(kv_merge="mosaic", kv_budget=5)
+    llm = llama(kv_merge=Mosaic(window=1, keep=1, sinks=1), kv_budget=5)
     for contents in (["", ""], [""], ["Hello"], ["", "Hello"]):
         messages = [{"role": "user", "content": content} for content in contents]
         assert isinstance(answer(llm, messages, max_tokens=1), str)

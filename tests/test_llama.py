@@ -74,7 +74,8 @@ def test_completion_merges(llama: Factory, caplog: pytest.LogCaptureFixture) -> 
     assert len(caplog.messages) == 2
     n = len(tokens)
     line = (
-        rf"merged {n} cells into {stats.merges[0].cells_after} \({n} tokens, {n} positions\), "
+        rf"merged {n} cells into {stats.merges[0].cells_after} \(text: {n} into "
+        rf"{stats.merges[0].cells_after}; {n} tokens, {n} positions\), "
         r".* MiB into .* MiB, .* ms"
     )
     assert caplog.messages[0].startswith("computes on ")
@@ -105,7 +106,7 @@ def test_merge_before_of_more_than_the_prompt(llama: Factory) -> None:
     assert llm.kv_stats().tokens > 0
 
 
-@pytest.mark.parametrize("budget", [40, 1, 0.9])
+@pytest.mark.parametrize("budget", [40, 21, 0.9])
 def test_budgets(budget: float | int, llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=budget)
     tokens = llm.tokenize(TEXT.encode())

@@ -194,12 +194,13 @@ def check(
         assert session.engine
         modality, segment = read_prompt(session, among_others=among_others)
         n = len(modality)
-        budget = n // 5
+        n_text = int((modality == 0).sum()) if policy.budget_of == "media" else 0
+        budget = n_text + (n - n_text) // 5
         layers = range(session.engine.stats().n_layers)
         before = [session.engine.read_cells(layer) for layer in layers]
         queries = [session.engine.read_queries(layer) for layer in layers]
         session.engine.merge(budget)
-        sizes = check_sizes(session, policy, budget, modality, n)
+        sizes = check_sizes(session, policy, budget, modality, segment, n_text)
         assert session.engine.n_cells() == max(sizes)
         for layer in layers:
             check_layer(
@@ -214,8 +215,9 @@ def kept_of(plan: Any) -> np.ndarray:
 
 
 def check_sizes(
-    session: Session, policy: Policy, budget: int, modality: np.ndarray, n: int
-) -> list[int]:
+    session: Session, policy: Policy, budget: int, modality: np.ndarray, segment: np.ndarray,
+    n_text: int,
+) -> list[int]:  # fmt: skip
     """Every layer has the cells that the policy gives it; their mean is the budget."""
     assert session.engine
     engine = session.engine
@@ -236,7 +238,12 @@ def check_sizes(
     )
     parts = np.stack([flows.text_to_media, flows.media_to_text], axis=1).astype(np.float64)
     p = {"sinks": policy.sinks, "keep": policy.keep, "window": policy.window}
-    expected = oracle.allocate(policy.allocate, budget, n, p, need, parts)
+    if policy.budget_of == "media":
+        # text takes its cells in every layer, and every picture its floor
+        pictures = len(np.unique(segment[modality > 0]))
+        p = {"sinks": policy.floor * pictures, "keep": 0, "window": 0}
+    rest = len(modality) - n_text
+    expected = n_text + oracle.allocate(policy.allocate, budget - n_text, rest, p, need, parts)
     assert np.abs(np.array(sizes) - expected).max() <= 1
     assert sum(sizes) == budget * layers
     total = sum(size * engine.stats().bytes_per_cell // layers for size in sizes)
@@ -301,8 +308,9 @@ def check_layer(
         assert len(kept) == budget
         score = plan.score.astype(np.float64)
         key = k[:, head]
-        if policy.select == "mosaic":
-            expected = oracle.mosaic(key, score, modality, segment, budget, p)
+        if policy.select in ("mosaic", "media"):
+            grouped = oracle.mosaic if policy.select == "mosaic" else oracle.media
+            expected = grouped(key, score, modality, segment, budget, p)
             differs = target != oracle.cap(expected, key, policy.members)
             assert differs.mean() < 0.02, "only near ties of distances may differ"
             folded = target >= 0
