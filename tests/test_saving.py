@@ -226,6 +226,9 @@ def test_every_flipped_bit_is_noticed(saved: Path, held: Held, tmp_path: Path) -
     assert held.is_untouched()
 
 
+HUGE = saving._START.pack(saving.MAGIC, saving.FORMAT_VERSION, 2**31, 2**63)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
