@@ -2,7 +2,7 @@
 
 All of it takes about five hours on two cores; what was interrupted goes on where it stopped.
 
-    python benchmarks/quality.py --jobs 2 --update docs/quality.md --update README.md
+    python benchmarks/quality.py --jobs 2 --update docs/quality.md
 """
 
 from __future__ import annotations
