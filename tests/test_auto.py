@@ -71,6 +71,26 @@ def test_text_beside_pictures_is_kept_whole() -> None:
                 assert np.array_equal(target[is_text], np.flatnonzero(is_text))
 
 
+def test_old_pictures_keep_their_share() -> None:
+    """Later turns with more pictures do not wear the first one away."""
+    with make(kv_merge="auto", kv_budget=0.2, kv_trace=True) as llm:
+        messages: list[dict[str, Any]] = []
+        for turn in range(6):
+            messages.append({"role": "user", "content": album(2, seed=turn)})
+            said = llm.create_chat_completion(messages, max_tokens=8, temperature=0)
+            messages.append(said["choices"][0]["message"])
+        engine = llm.engine
+        assert engine is not None and len(llm.kv_stats().merges) == 6
+        for layer in range(engine.stats().n_layers):
+            plan = engine.plan(layer, 0)
+            media = (plan.modality > 0) & (plan.target == np.arange(len(plan.target)))
+            held = [
+                int((media & (plan.segment == s)).sum()) for s in np.unique(plan.segment[media])
+            ]
+            assert len(held) == 12
+            assert min(held) >= max(held) // 2, f"cells of each picture in layer {layer}: {held}"
+
+
 def test_a_number_of_cells_is_for_pictures() -> None:
     with make(kv_merge="auto", kv_budget=40) as llm:
         llm.create_chat_completion([{"role": "user", "content": album(4)}], max_tokens=1)

@@ -84,7 +84,7 @@ def test_close_policy_name_is_suggested() -> None:
         ("sinks", 300, "from 0 to 256"),
         ("flow_rows", 0, "from 1 to 65536"),
         ("keys", "mov", "Did you mean 'move'?"),
-        ("bias", "sum", "'none', 'count', 'mass', 'fit'"),
+        ("bias", "sum", "'none', 'count', 'fit'"),
         ("fold", None, "'mean'"),
     ],
 )

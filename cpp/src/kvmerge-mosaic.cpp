@@ -37,21 +37,28 @@ struct mosaic_job {
 
 } // namespace
 
-// n_cells over the blocks in proportion to their members, each at least its floor and at most its members
-static void share_cells(std::vector<mosaic_block> & blocks, int32_t n_cells) {
-    int32_t n_left   = n_cells;
-    int64_t n_member = 0;
+// n_cells over the blocks in proportion to the tokens that their members stand for, each at least its floor and at most its
+// members: a picture that was merged before gets what it got then, and not less with every picture that comes after it
+static void share_cells(const kvmerge_plan & plan, std::vector<mosaic_block> & blocks, int32_t n_cells) {
+    int32_t n_left = n_cells;
+    double  n_all  = 0; // tokens
 
+    std::vector<double> n_tokens;
     for (auto & block : blocks) {
         block.n_groups = std::min<int32_t>({ block.n_floor, (int32_t) block.member.size(), n_left });
-        n_left   -= block.n_groups;
-        n_member += block.member.size();
+        n_left -= block.n_groups;
+
+        n_tokens.push_back(0);
+        for (int32_t i : block.member) {
+            n_tokens.back() += plan.cells[i].mass;
+        }
+        n_all += n_tokens.back();
     }
 
     // largest remainders of what is above the floor
     std::vector<double> want(blocks.size());
     for (size_t b = 0; b < blocks.size(); ++b) {
-        want[b] = n_member > 0 ? (double) n_cells*blocks[b].member.size()/n_member - blocks[b].n_groups : 0;
+        want[b] = n_all > 0 ? n_cells*n_tokens[b]/n_all - blocks[b].n_groups : 0;
     }
 
     while (n_left > 0) {
@@ -320,8 +327,8 @@ bool kvmerge_mosaic_layer(
         keep_pivots(plan, media, n_media - n_media_groups);
         keep_pivots(plan, text,  n_text_pivots);
 
-        share_cells(media, n_media_groups);
-        share_cells(text,  n_text - n_text_pivots);
+        share_cells(plan, media, n_media_groups);
+        share_cells(plan, text,  n_text - n_text_pivots);
 
         for (auto * blocks : { &text, &media }) {
             for (auto & block : *blocks) {
