@@ -490,3 +490,12 @@ def test_failed_construction_leaves_nothing_behind(
         with pytest.raises(errors.KVMergeError):
             kvmerge.Llama(tmp_path / "nowhere.gguf", **arguments)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["rpc_servers", "mul_mat_q", "n_parts", "f16_kv"])
+def test_options_of_earlier_releases_change_nothing(
+    name: str, llama: Factory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Frameworks still pass them, and stock takes any keyword."""
+    assert llama(mmproj=None, **{name: None}).n_tokens == 0
+    assert f"no longer has the option {name}" in caplog.text

@@ -78,6 +78,10 @@ _OUR_OPTIONS = frozenset(
     | {"media_access"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
+_FORGOTTEN_OPTIONS = frozenset(
+    {"rpc_servers", "mul_mat_q", "n_parts", "f16_kv", "low_vram", "n_gqa", "rms_norm_eps"}
+)
+"""What released versions of llama-cpp-python and frameworks on it pass, and none takes any more."""
 _MIB = 1024 * 1024
 _NATIVE = ("_ctx", "_model", "_batch", "tokenizer_")
 _abandoned: list[Any] = []
@@ -237,6 +241,10 @@ class Llama(StockLlama):
             self._fit_arrays()
             # Index i is the position at which token i begins; the last known one is the next.
             self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
+            if self.draft_model is not None:
+                from .draft import TextDraft
+
+                self.draft_model = TextDraft(self.draft_model, self)
             if handler is not None:
                 handler.load(self)
             _backends.log_device(options.get("n_gpu_layers"))
@@ -310,6 +318,9 @@ class Llama(StockLlama):
 
     @staticmethod
     def _check_options(options: dict[str, Any]) -> None:
+        for name in _FORGOTTEN_OPTIONS & options.keys():
+            log.warning("Llama no longer has the option %s: it changes nothing", name)
+            del options[name]
         for name in options:
             if name not in _STOCK_OPTIONS:
                 hint = did_you_mean(name, _STOCK_OPTIONS | _OUR_OPTIONS)
@@ -353,6 +364,11 @@ class Llama(StockLlama):
             raise UnsupportedError(
                 f"{type(handler).__name__} clears the cache in every call and counts positions as "
                 "tokens, so it does not go with kv_merge=: pass the file as mmproj= instead"
+            )
+        if self._cap is not None and options.get("draft_model") is not None:
+            raise UnsupportedError(
+                "draft_model= does not go with kv_max_cells=: a proposal that is wrong is taken "
+                "back from the end of the cache, which a cap may have merged by then"
             )
         if merging and options.get("embedding"):
             raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
@@ -446,6 +462,7 @@ class Llama(StockLlama):
         mmproj = None
         if hasattr(handler, "load"):
             mmproj, state["chat_handler"] = handler.clip_model_path, None
+        state["draft_model"] = getattr(self.draft_model, "draft", self.draft_model)
         return state | {
             "mmproj": mmproj,
             "kv_merge": self._policy,
@@ -469,6 +486,11 @@ class Llama(StockLlama):
         if n_tokens <= self._known:
             return int(self._positions[n_tokens])
         return int(self._positions[self._known]) + n_tokens - self._known
+
+    @property
+    def counts_positions_by_token(self) -> bool:
+        """Whether every token in the cache took one position, which pictures need not."""
+        return self._position(self.n_tokens) == self.n_tokens
 
     def _trim(self, n_tokens: int) -> bool:
         """Keep the first `n_tokens` tokens; False if that would cut into merged cells."""
