@@ -392,6 +392,54 @@ class Llama(StockLlama):
                 log.info("%s is %d: this model reads a picture at once", name, needed)
                 options[name] = needed
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        repo_id: str | os.PathLike[str],
+        filename: str,
+        mmproj: str | None = None,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Llama:
+        """Load a model, and the mmproj that goes with it, from the Hugging Face hub or a folder.
+
+        Parameters
+        ----------
+        repo_id : str or path
+            A repository of the hub, or a local folder.
+        filename, mmproj : str
+            The model and its vision or audio part: names, or patterns that match one file each,
+            such as ``"*Q4_K_M.gguf"`` and ``"*mmproj*F16*"``.
+        additional_files : sequence of str, optional
+            More files to fetch, such as the other parts of a model that is split.  One that is
+            called mmproj is used as such where `mmproj` is not given.
+        local_dir, cache_dir : path, optional
+            Where huggingface_hub puts the files.
+        **options
+            Options of `Llama`.
+
+        Raises
+        ------
+        ModelError
+            If a file is not there, or the hub cannot be reached.
+        """
+        from .hub import only_match, repository
+
+        options.pop("local_dir_use_symlinks", None)
+        files = repository(repo_id, local_dir, cache_dir)
+        names = files.names()
+        model = files.get(only_match(repo_id, names, filename, "filename"))
+        for pattern in additional_files or ():
+            name = only_match(repo_id, names, pattern, "additional_files")
+            files.get(name)
+            if mmproj is None and "mmproj" in Path(name).name.lower():
+                mmproj = name
+        if mmproj is not None:
+            options["mmproj"] = files.get(only_match(repo_id, names, mmproj, "mmproj"))
+        return cls(model, **options)
+
     # Life.
 
     def close(self) -> None:
