@@ -364,3 +364,28 @@ def test_defaults_are_those_of_the_library() -> None:
 def test_presets_are_listed() -> None:
     assert {"none", "flowmm", "evict"} <= set(kvmerge.presets())
     assert pocket.model_path().exists()
+
+
+@pytest.mark.parametrize("merge", ["flowmm", "mosaic", "streaming"])
+def test_the_same_request_twice(merge: str, llama: Factory) -> None:
+    """The second begins from the logits of the full cache, as the first did."""
+    llm = llama(mmproj=None, kv_merge=merge, kv_budget=0.3)
+    chat = [{"role": "user", "content": TEXT}]
+    for ask in (
+        lambda: llm.create_completion(TEXT, max_tokens=12, temperature=0, logit_bias={257: -100}),
+        lambda: llm.create_chat_completion(chat, max_tokens=12, temperature=0),
+    ):
+        llm.reset()
+        answers = [ask()["choices"] for _ in range(3)]
+        assert llm.kv_stats().merges
+        assert answers[1:] == answers[:1] * 2
+        assert llm.kv_stats().tokens > 0
+
+
+def test_another_request_between(llama: Factory) -> None:
+    """What was kept of one prompt is not given to another."""
+    options = {"mmproj": None, "kv_merge": "flowmm", "kv_budget": 0.3}
+    llm, half = llama(**options), TEXT[: len(TEXT) // 2]
+    llm.create_completion(TEXT, max_tokens=8, temperature=0)
+    found = llm.create_completion(half, max_tokens=8, temperature=0)["choices"]
+    assert llama(**options).create_completion(half, max_tokens=8, temperature=0)["choices"] == found

@@ -235,6 +235,7 @@ class Llama(StockLlama):
         self._merges: list[MergeRecord] = []
         self._n_merges = 0
         self._prefilled = False
+        self._end: tuple[list[int], npt.NDArray[np.single]] | None = None
         self._cached_tokens = 0
         try:
             self._load(path, options)
@@ -672,6 +673,9 @@ class Llama(StockLlama):
             return
         shared = keep
         if keep == len(tokens) and answer:
+            if self._return_to_end(tokens):
+                self._cached_tokens = keep
+                return
             # The logits of the last token are needed again.
             keep -= 1
         if any(token < 0 for token in tokens[keep:]) and len(prompt.segments) == 1:
@@ -700,8 +704,35 @@ class Llama(StockLlama):
             if merge:
                 self._merge()
             self._read_range(prompt, split, len(tokens))
-        elif merge:
-            self._merge()
+            self._note_end(tokens)
+        else:
+            self._note_end(tokens)
+            if merge:
+                self._merge()
+
+    def _note_end(self, tokens: list[int]) -> None:
+        """Keep the logits from which an answer begins, where a merge is going to change them."""
+        logits = self._last_logits() if self._engine is not None else None
+        self._end = None if logits is None else (tokens, logits.copy())
+
+    def _return_to_end(self, tokens: list[int]) -> bool:
+        """Go back to the end of the prompt that was read last; False if it was another.
+
+        The same question then begins its answer as it did the first time.
+        """
+        if self._end is None or self._end[0] != tokens or not self._trim(len(tokens)):
+            return False
+        logits = self._last_logits()
+        if logits is None:
+            return False
+        logits[:] = self._end[1]
+        self._requires_eval = False
+        return True
+
+    def _last_logits(self) -> npt.NDArray[np.single] | None:
+        """Return those that the next token is sampled from, where llama.cpp has them."""
+        pointer = self._ctx.get_logits_ith(-1)
+        return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)) if pointer else None
 
     def _check_length(self, prompt: Prompt, n_tokens: int) -> None:
         if n_tokens < self._n_ctx:
