@@ -2,17 +2,18 @@
 
 Each configuration runs in a process of its own. Its buffers are those that llama.cpp itself
 reports; RSS is what the system says that the process takes: when the prompt was read, and once it
-was merged. Most of it is Python where models are as small as these, so what it takes above that is
-printed too. Random models of several shapes, and the model in the package with pictures.
+was merged. Most of it is Python where models are small, so what it takes above that is printed
+too. Random models of several shapes, and the model in the package with pictures; with ``--models``
+only those, with a text of 1000 tokens.
 
     python benchmarks/fit_accuracy.py
+    python benchmarks/fit_accuracy.py --models one.gguf two.gguf
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "python")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 CONTEXT, PROMPT, BATCH, BUDGET = 2048, 2048, 128, 0.2
 LARGE_CONTEXT = 8192
 PICTURES, SIZE = 20, (640, 480)
+TEXT = 1000
 LIMIT = 0.05
+COUNTS = ("image tokens", "cells held", "cells allocated")
 
 SHAPES = {
     "GQA 8 heads of 64, 2 KV": {"layers": 8, "heads": 8, "heads_kv": 2, "ffn": 2048},
@@ -39,12 +42,6 @@ CACHES = (("f16", True), ("f16", False), ("q8_0", True))
 def logged(log: list[str], what: str) -> int:
     """Return the sum of a kind of buffer in what llama.cpp has logged, in bytes."""
     found = (re.search(rf"{what} buffer size = +([\d.]+) MiB", line) for line in log)
-    return round(sum(float(match[1]) for match in found if match) * 2**20)
-
-
-def compute_at_the_end(log: list[str]) -> int:
-    """Return the compute buffers that a context had when it was freed."""
-    found = (re.search(r"compute buffer size (?:is|of) +([\d.]+) MiB", line) for line in log)
     return round(sum(float(match[1]) for match in found if match) * 2**20)
 
 
@@ -67,28 +64,27 @@ def measure_random(model: str, cache: str, flash_attention: bool, merged: bool) 
     }
     numbers = np.random.default_rng(0)
     sizes, process = {}, resident()
-    with caught(1, quiet=True) as log:
-        with Session(Path(model), **options) as session:
-            if merged:
-                session.engine.keep_plans(False)
-            else:
-                sizes["KV"] = logged(log, "KV")
-            sizes["weights"] = logged(log, "model")
-            output = logged(log, "output")
-            prompt = numbers.integers(0, session.n_vocab, PROMPT).tolist()
-            for i in range(0, PROMPT, BATCH):
-                session.decode(prompt[i : i + BATCH])
-            sizes |= {"RSS, all read": resident(), "above Python, all read": resident() - process}
-            if merged:
-                session.engine.merge(round(BUDGET * PROMPT))
-                session.decode(prompt[: BATCH // 2])
-                sizes |= {"RSS, merged": resident(), "above Python, merged": resident() - process}
-        sizes["compute"] = compute_at_the_end(log) + output
+    with caught(1, quiet=True) as log, Session(Path(model), **options) as session:
+        if merged:
+            session.engine.keep_plans(False)
+        else:
+            sizes["KV"] = logged(log, "KV")
+        sizes["weights"] = logged(log, "model")
+        prompt = numbers.integers(0, session.n_vocab, PROMPT).tolist()
+        for i in range(0, PROMPT, BATCH):
+            session.decode(prompt[i : i + BATCH])
+        sizes |= {"RSS, all read": resident(), "above Python, all read": resident() - process}
+        if merged:
+            session.engine.merge(round(BUDGET * PROMPT))
+            session.decode(prompt[:1])
+            sizes |= {"RSS, merged": resident(), "above Python, merged": resident() - process}
     return sizes
 
 
 def measure_pocket(picture: str, flash_attention: bool, merged: bool) -> Any:
     """Show pictures to the model in the package."""
+    from PIL import Image, ImageOps  # noqa: F401
+
     from kvmerge import pocket
     from kvmerge.llama import Llama
     from kvmerge.native_log import caught
@@ -108,6 +104,7 @@ def measure_pocket(picture: str, flash_attention: bool, merged: bool) -> Any:
     }
     if merged:
         options |= {"n_ctx": LARGE_CONTEXT, "kv_merge": "flowmm", "kv_budget": BUDGET}
+    Image.init()  # Pillow's formats belong to Python, as in `kvmerge fit`
     process = resident()
     with caught(1, quiet=True) as log:
         llm = Llama(pocket.model_path(), mmproj=pocket.mmproj_path(), **options)
@@ -122,38 +119,64 @@ def measure_pocket(picture: str, flash_attention: bool, merged: bool) -> Any:
         sizes |= {"weights": logged(log, "model")}
         if not merged:
             sizes["KV"] = logged(log, "KV")
-        output = logged(log, "output")
         llm.close()
-        sizes["compute"] = compute_at_the_end(log) + output
     pictures = usage["prompt_tokens_details"]["image_tokens"]
     return {**sizes, "encoder": encoder, "image tokens": pictures // PICTURES}
 
 
+def measure_text(model: str, flash_attention: bool, merged: bool) -> Any:
+    """Read a text with a real model, and answer."""
+    from kvmerge.llama import Llama
+    from kvmerge.resident import resident
+
+    options: dict[str, Any] = {"kv_merge": "flowmm", "kv_budget": BUDGET} if merged else {}
+    process = resident()
+    with Llama(model, n_ctx=CONTEXT, flash_attn=flash_attention, verbose=False, **options) as llm:
+        tokens = llm.tokenize(("The boat went down the river to the sea. " * TEXT).encode())[:TEXT]
+        llm.create_completion(tokens, max_tokens=4, temperature=0)
+        when = "merged" if merged else "all read"
+        above = resident() - process
+        sizes = {f"above Python, {when}": above}
+        if merged:
+            sizes["cells held"] = llm.kv_stats().cells - 3
+            sizes["cells allocated"] = llm.engine.size()
+    return sizes
+
+
 def predict(
-    model: Path, cache: str, flash_attention: bool, merged: bool, mmproj: Path | None = None
+    model: Path,
+    cache: str,
+    flash_attention: bool,
+    merged: bool,
+    mmproj: Path | None = None,
+    text: bool = False,
 ) -> dict[str, int]:
     """Return what `kvmerge fit` says."""
     command = [sys.executable, "-m", "kvmerge", "fit", str(model), "--json"]
-    command += ["--ctx", str(LARGE_CONTEXT if merged else CONTEXT)]
-    command += ["--n-batch", str(BATCH), "--n-ubatch", str(BATCH), "--kv-budget", str(BUDGET)]
+    command += ["--ctx", str(LARGE_CONTEXT if merged and not text else CONTEXT)]
+    command += ["--kv-merge", "flowmm", "--kv-budget", str(BUDGET)]
     command += ["--type-k", cache, "--type-v", cache]
     command += ["--flash-attn"] if flash_attention else []
-    if mmproj is None:
+    if not text:
+        command += ["--n-batch", str(BATCH), "--n-ubatch", str(BATCH)]
+    if text:
+        command += ["--text-tokens", str(TEXT)]
+    elif mmproj is None:
         command += ["--text-tokens", str(PROMPT)]
     else:
         size = f"{SIZE[0]}x{SIZE[1]}"
         command += ["--mmproj", str(mmproj), "--images", str(PICTURES), "--size", size]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     said = json.loads(done.stdout)
     column = said["merged" if merged else "full"]
     read = said["while_reading"] if merged else column
     return {
         "weights": column["weights"],
         "KV": column["kv"],
-        "compute": column["compute"],
         "encoder": column["encoder"],
         "image tokens": said["image_tokens"],
+        "cells held": column["held"],
+        "cells allocated": column["cells"],
         "RSS, all read": read["total"],
         "RSS, merged": column["total"],
         "above Python, all read": read["total"] - read["process"],
@@ -161,16 +184,18 @@ def predict(
     }
 
 
-def compare(title: str, predicted: dict[str, int], measured: dict[str, int]) -> list[str]:
+def compare(
+    title: str, predicted: dict[str, int], measured: dict[str, int], strict: bool = False
+) -> list[str]:
     """Print one row a number; return the buffers beyond the limit."""
     beyond = []
     for name, value in measured.items():
         error = predicted[name] / value - 1
         shown = [f"{number / 2**20:.2f}" for number in (predicted[name], value)]
-        if name == "image tokens":
+        if name in COUNTS:
             shown = [str(predicted[name]), str(value)]
         print(f"| {title} | {name} | {shown[0]} | {shown[1]} | {error:+.1%} |", flush=True)
-        if abs(error) > LIMIT and not name.startswith("above Python"):
+        if abs(error) > LIMIT and (strict or not name.startswith("above Python")):
             beyond.append(f"{title}, {name}: {error:+.1%}")
     return beyond
 
@@ -182,29 +207,28 @@ def measure(*arguments: object) -> dict[str, int]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Print a table; fail when something is off by more than the limit."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        kind, *rest = args.worker
-        if kind == "pocket":
-            picture, *flags = rest
-            print(json.dumps(measure_pocket(picture, *(flag == "True" for flag in flags))))
-        else:
-            model, cache, *flags = rest
-            print(json.dumps(measure_random(model, cache, *(flag == "True" for flag in flags))))
-        return
+def models_in_the_hand(models: list[Path]) -> list[str]:
+    """Compare models of the user; return what is beyond the limit."""
+    beyond = []
+    for model in models:
+        for flash_attention in (False, True):
+            for merged in (False, True):
+                title = f"{model.stem}{', FA' if flash_attention else ''}"
+                title += f", {'merged' if merged else 'full'}"
+                said = predict(model, "f16", flash_attention, merged, text=True)
+                found = measure("text", model, flash_attention, merged)
+                beyond += compare(title, said, found, strict=True)
+    return beyond
 
+
+def made_models() -> list[str]:
+    """Compare random models and the one in the package; return what is beyond the limit."""
     from PIL import Image
 
     from kvmerge import pocket
     from random_model import Shape, write_random_model
 
-    beyond = []
-    print("| configuration | MiB of | predicted | measured | error |")
-    print("| --- | --- | ---: | ---: | ---: |")
+    beyond: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, numbers in SHAPES.items():
             shape = Shape(vocab=4096, **{"ffn": 2048, **numbers})
@@ -230,6 +254,31 @@ def main() -> None:
                     predict(files[0], "f16", flash_attention, merged, files[1]),
                     measure("pocket", picture, flash_attention, merged),
                 )
+    return beyond
+
+
+def main() -> None:
+    """Print a table; fail when something is off by more than the limit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", type=Path, default=[], help="models (GGUF)")
+    args = parser.parse_args()
+    if args.worker:
+        kind, *rest = args.worker
+        if kind == "pocket":
+            picture, *flags = rest
+            print(json.dumps(measure_pocket(picture, *(flag == "True" for flag in flags))))
+        elif kind == "text":
+            model, *flags = rest
+            print(json.dumps(measure_text(model, *(flag == "True" for flag in flags))))
+        else:
+            model, cache, *flags = rest
+            print(json.dumps(measure_random(model, cache, *(flag == "True" for flag in flags))))
+        return
+
+    print("| configuration | MiB of | predicted | measured | error |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    beyond = models_in_the_hand(args.models) if args.models else made_models()
     print(f"\n{len(beyond)} sizes are off by more than {LIMIT:.0%}")
     for line in beyond:
         print(f"  {line}")

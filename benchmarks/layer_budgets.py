@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "python"))
 
 MIB = 1024 * 1024
 TOKENS, CELLS, GENERATED = 2048, 500, 16

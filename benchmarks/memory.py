@@ -25,7 +25,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "python"))
 
 MIB = 1024 * 1024
 TOKENS, CAP, BATCH, SHARE = 4096, 512, 256, 0.2

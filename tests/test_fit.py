@@ -82,7 +82,9 @@ def test_buffers_are_those_of_llama_cpp(
     model = write_random_model(tmp_path / "random.gguf", Shape(layers=6))
     options = ["--n-ubatch", 128, "--n-batch", 128, "--type-k", cache, "--type-v", cache]
     options += ["--flash-attn"] if flash else []
-    said = fit(capsys, model, "--ctx", 2048, "--text-tokens", 1024, "--kv-budget", 300, *options)
+    said = fit(capsys, model, "--ctx", 2048, "--text-tokens", 1024, "--kv-budget", 300,
+        "--kv-merge", "flowmm", *options)  # fmt: skip
+    filled = fit(capsys, model, "--ctx", 2048, "--text-tokens", 2048, *options)
     engine = PRESETS["flowmm"].engine_params()
     for column, merge, n_ctx in (("full", None, 2048), ("merged", engine, 2048)):
         with caught(1, quiet=True) as log:
@@ -109,9 +111,15 @@ def test_buffers_are_those_of_llama_cpp(
                     kv -= (kv - bias) * (512 - 301) / 512 * (1 if flash else 0.5)
             (compute,) = re.findall(r"compute buffer size (?:is|of) +([\d.]+)", "".join(log))
         assert said[column]["kv"] / 2**20 == pytest.approx(kv, rel=0.02)
-        # what is computed, and the logits of one token
-        known = float(compute) + Shape().vocab * 4 / 2**20
-        assert said[column]["compute"] / 2**20 == pytest.approx(known, rel=0.02, abs=0.02)
+        if merge:
+            # buffers of their own, of which a token writes to little
+            assert 0 < said["merged"]["compute"] < said["full"]["compute"] / 2
+        else:
+            # of the logits of a batch, those of one token are written, and copied
+            logits = Shape().vocab * 4 / 2**20
+            most, least = float(compute) + logits, float(compute) - 127 * logits
+            assert least - 0.02 <= filled["full"]["compute"] / 2**20 <= most + 0.02
+            assert said["full"]["compute"] < filled["full"]["compute"]
     assert said["full"]["weights"] == pytest.approx(model.stat().st_size, rel=0.01)
 
 
@@ -125,7 +133,9 @@ def test_weights_are_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # 32 layers, K and V, 4096 values of two bytes
     assert said["full"]["kv"] == 4096 * 32 * 2 * 4096 * 2
     assert said["tokens"] == 6 * 576 + 256
-    assert said["merged"]["cells"] == 768
+    # all text, and a fifth of the pictures
+    assert said["merged"]["held"] == 256 + 692
+    assert said["merged"]["cells"] == 1024
 
 
 def test_pictures_of_the_pocket_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +143,7 @@ def test_pictures_of_the_pocket_model(capsys: pytest.CaptureFixture[str]) -> Non
     assert (said["image_tokens"], said["tokens"]) == (64, 10 * 64 + 256)
     full = said["full"]
     assert full["total"] == sum(
-        value for key, value in full.items() if key not in ("total", "cells")
+        value for key, value in full.items() if key not in ("total", "cells", "held")
     )
     assert full["mmproj"] == pytest.approx(Path(MMPROJ).stat().st_size, rel=0.01)
     with caught(1, quiet=True) as log, kvmerge.Llama(MODEL, mmproj=MMPROJ, verbose=False):
@@ -202,9 +212,11 @@ def test_only_cells_that_were_written_take_memory() -> None:
 
 
 def test_merged_cells_take_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--text-tokens", 2000, "--ctx", 4096, "--flash-attn", "--kv-budget"]
+    options = ["--text-tokens", 2000, "--ctx", 4096, "--flash-attn", "--kv-merge", "flowmm"]
+    options += ["--kv-budget"]
     few, many = (fit(capsys, MODEL, *options, cells)["merged"] for cells in (300, 400))
     assert few["cells"] == many["cells"] == 512
+    assert (few["held"], many["held"]) == (300, 400)
     # 4 KiB a cell, and 20 bytes for each layer and KV head
     assert many["kv"] - few["kv"] == 100 * 4096
     assert many["records"] * 300 == few["records"] * 400
@@ -281,6 +293,41 @@ def test_out_of_range(
         cli.main(["fit", MODEL, option, value])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_auto_merges_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fit(capsys, MODEL, "--text-tokens", 2000)
+    assert said["merged"]["held"] == said["while_reading"]["held"] == 2000
+
+
+def test_cells_are_those_of_kv_stats(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "What is told here is of no use. " * 60
+    for policy in ("auto", "flowmm", "streaming"):
+        with kvmerge.Llama(MODEL, n_ctx=2048, kv_merge=policy, verbose=False) as llm:
+            tokens = llm.tokenize(text.encode())[:600]
+            llm.create_completion(tokens, max_tokens=1)
+            held, size = llm.kv_stats().cells, llm.engine.size()
+        said = fit(capsys, MODEL, "--text-tokens", 600, "--ctx", 2048, "--kv-merge", policy)
+        assert said["merged"]["held"] == pytest.approx(held, abs=1)
+        assert said["merged"]["cells"] == size
+
+
+def test_a_window_has_a_cache_of_its_own() -> None:
+    everything, window = CacheSize(512, 4096, 4096), CacheSize(2048, 9000, 9000)
+    sizes = ContextSizes((everything, window), 0, GraphSizes(0, 0))
+    assert sizes.cells == 512
+    assert sizes.kv_of(256, together=True) == 4096 + 18000
+
+
+def test_a_very_long_context_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    said = fit(capsys, MODEL, "--ctx", 2**31 - 1, "--text-tokens", 10**9, "--kv-merge", "flowmm")
+    assert process.memory_info().rss - before < 64 * 2**20
+    assert said["full"]["kv"] == pytest.approx((2**31 - 1) * 4096, rel=1e-3)
+    assert said["while_reading"]["kv"] > 10**9 * 4096
+    twice = [fit(capsys, MODEL, "--ctx", n)["full"]["kv"] for n in (2**17, 2**18)]
+    assert twice[1] == 2 * twice[0]
 
 
 @pytest.mark.parametrize("keep", [10, 100, 3000])

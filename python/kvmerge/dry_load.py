@@ -11,10 +11,10 @@ import ctypes
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _library
 from .byte_size import MIB
@@ -35,6 +35,23 @@ _CACHE = re.compile(
 _COMPUTE = re.compile(r"compute buffer size = +([\d.]+) MiB")
 _OUTPUT = re.compile(r"output buffer size = +([\d.]+) MiB")
 _NODES = re.compile(r"max_nodes = (\d+)")
+# A method of llama_model, which is C++; `this` is its first argument.
+_GET_TENSOR = "_ZNK11llama_model10get_tensorEPKc"
+_CPU = 0  # ggml_backend_dev_type
+
+_T = TypeVar("_T")
+
+_LAID_OUT = 2**17
+"""Cells up to which buffers are laid out; beyond, they grow in proportion.
+
+llama.cpp keeps books of every cell, which for the longest contexts would fill the memory.
+"""
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of ``ggml_tensor``."""
+
+    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,11 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class ContextSizes:
-    """Buffers of a context, in bytes; a model with a sliding window has two caches."""
+    """Buffers of a context, in bytes.
+
+    A model with a sliding window has two caches: first the one that sees everything, which merges,
+    then that of the window.
+    """
 
     caches: tuple[CacheSize, ...]
     output: int
@@ -79,8 +100,8 @@ class ContextSizes:
 
     @property
     def cells(self) -> int:
-        """Cells of the largest cache."""
-        return self._largest.cells
+        """Cells of the cache that merges."""
+        return self._base.cells
 
     @property
     def kv(self) -> int:
@@ -88,7 +109,7 @@ class ContextSizes:
         return sum(cache.keys + cache.values for cache in self.caches)
 
     def kv_of(self, cells: int, together: bool) -> int:
-        """Return the bytes of keys and values where the largest cache holds so many cells only.
+        """Return the bytes of keys and values where the cache that merges holds so many cells.
 
         Parameters
         ----------
@@ -98,13 +119,13 @@ class ContextSizes:
             Whether the values of a cell lie together. If not, there is one row a channel over all
             cells, and all of it takes memory.
         """
-        cache = self._largest
+        cache = self._base
         unused = cache.keys + (cache.values if together else 0)
         return self.kv - unused * max(0, cache.cells - cells) // cache.cells
 
     @property
-    def _largest(self) -> CacheSize:
-        return max(self.caches, key=lambda cache: cache.cells)
+    def _base(self) -> CacheSize:
+        return self.caches[0]
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,30 @@ def logged_compute(log: NativeLog) -> int:
 
 def _logged_graphs(log: NativeLog) -> GraphSizes:
     return GraphSizes(logged_compute(log), int(_logged(_NODES, log)[-1][0]))
+
+
+def _in_proportion(
+    options: ContextOptions, cells: int, lay_out: Callable[[ContextOptions, int], _T]
+) -> _T:
+    """Return what `lay_out` says, or what it would say of more cells than are laid out."""
+    options = replace(options, n_ctx=min(options.n_ctx, _LAID_OUT)) if cells else options
+    n = cells or options.n_ctx
+    if n <= _LAID_OUT:
+        return lay_out(options, cells)
+    fewer = []
+    for size in (_LAID_OUT // 2, _LAID_OUT):
+        fewer.append(lay_out(replace(options, n_ctx=size), size if cells else 0))
+    return _grown(*fewer, steps=(n - _LAID_OUT) / (_LAID_OUT // 2))
+
+
+def _grown(one: Any, two: Any, steps: float) -> Any:
+    """Return numbers that go on from the second as they went from the first to the second."""
+    if is_dataclass(two):
+        pairs = {f.name: (getattr(one, f.name), getattr(two, f.name)) for f in fields(two)}
+        return replace(two, **{name: _grown(*pair, steps) for name, pair in pairs.items()})
+    if isinstance(two, tuple):
+        return tuple(_grown(a, b, steps) for a, b in zip(one, two, strict=True))
+    return two + round((two - one) * steps) if isinstance(two, int) else two
 
 
 class DryModel:
@@ -207,6 +252,43 @@ class DryModel:
         return int(self._llama_cpp.llama_model_size(self.pointer))
 
     @cached_property
+    def repacked(self) -> int:
+        """Bytes of weights that the CPU keeps once more, in an order that it multiplies faster.
+
+        The file stays mapped as a whole.  0 where the library does not say.
+        """
+        llama = ctypes.CDLL(str(_library.library_file("llama")))
+        base = ctypes.CDLL(str(_library.library_file("ggml-base")))
+        try:
+            get_tensor = getattr(llama, _GET_TENSOR)
+        except AttributeError:
+            return 0
+        get_tensor.restype = ctypes.POINTER(_Tensor)
+        get_tensor.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        for name in (
+            "ggml_backend_buffer_get_type",
+            "ggml_backend_buft_get_device",
+            "ggml_backend_buft_is_host",
+            "ggml_backend_dev_type",
+        ):
+            getattr(base, name).argtypes = [ctypes.c_void_p]
+        base.ggml_backend_buffer_get_type.restype = ctypes.c_void_p
+        base.ggml_backend_buft_get_device.restype = ctypes.c_void_p
+        base.ggml_backend_buft_is_host.restype = ctypes.c_bool
+
+        def is_repacked(name: str) -> bool:
+            tensor = get_tensor(ctypes.cast(self.pointer, ctypes.c_void_p), name.encode())
+            if not tensor or not tensor.contents.buffer:
+                return False
+            kind = base.ggml_backend_buffer_get_type(tensor.contents.buffer)
+            device = base.ggml_backend_buft_get_device(kind)
+            on_cpu = device is not None and base.ggml_backend_dev_type(device) == _CPU
+            return on_cpu and not base.ggml_backend_buft_is_host(kind)
+
+        with GgufHeader(self.path, "model", ModelError) as header:
+            return sum(size for name, size in header.tensors.items() if is_repacked(name))
+
+    @cached_property
     def widest(self) -> int:
         """Values in the longest row of a weight."""
         with GgufHeader(self.path, "model", ModelError) as header:
@@ -221,6 +303,11 @@ class DryModel:
     def grows_in_place(self) -> bool:
         """Whether a cache that grows never is in memory twice, in part."""
         return not self._offloads
+
+    @property
+    def offloads(self) -> bool:
+        """Whether buffers lie on another device, where all of them take memory."""
+        return self._offloads
 
     @property
     def trained_context(self) -> int:
@@ -245,7 +332,9 @@ class DryModel:
         """
         key = (options, cells)
         if key not in self._contexts:
-            self._contexts[key] = self._in_context(options, cells, lambda _: None)[0]
+            self._contexts[key] = _in_proportion(
+                options, cells, lambda *less: self._in_context(*less, lambda _: None)[0]
+            )
         return self._contexts[key]
 
     def engine(self, options: ContextOptions, cells: int, policy: Policy) -> EngineSizes:
@@ -278,7 +367,9 @@ class DryModel:
             # K and V are not allocated here, so what it counts is the bias.
             return EngineSizes(layers, engine.bytes(), observed, *graphs)
 
-        self._contexts[key[:2]], self._engines[key] = self._in_context(options, cells, attach)
+        self._contexts[key[:2]], self._engines[key] = _in_proportion(
+            options, cells, lambda *less: self._in_context(*less, attach)
+        )
         return self._engines[key]
 
     def _in_context(
@@ -291,6 +382,10 @@ class DryModel:
         params.n_ctx = options.n_ctx
         params.n_batch = min(options.n_batch, options.n_ctx)
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
+        if not self._offloads:
+            # Room for the logits of a whole batch is set aside, but only those of one token are
+            # written, and memory of the host that nothing writes to is not resident.
+            params.n_outputs_max = 1
         params.type_k, params.type_v = options.type_k, options.type_v
         params.flash_attn_type = int(options.flash_attn)
         with caught() as errors, caught(DEBUG, quiet=True) as log, small_beginning(cells):

@@ -107,13 +107,20 @@ class GgufHeader:
         self._library.gguf_free(self._pointer)
 
     @property
+    def tensors(self) -> dict[str, int]:
+        """Name and bytes of each tensor."""
+        ggml = self._library
+        return {
+            ggml.gguf_get_tensor_name(self._pointer, i).decode(): int(
+                ggml.gguf_get_tensor_size(self._pointer, i)
+            )
+            for i in range(ggml.gguf_get_n_tensors(self._pointer))
+        }
+
+    @property
     def weights(self) -> int:
         """Bytes of all tensors."""
-        ggml = self._library
-        return sum(
-            int(ggml.gguf_get_tensor_size(self._pointer, i))
-            for i in range(ggml.gguf_get_n_tensors(self._pointer))
-        )
+        return sum(self.tensors.values())
 
     @property
     def widest(self) -> int:

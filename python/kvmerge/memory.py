@@ -68,12 +68,15 @@ class Vision:
 class Footprint:
     """Bytes that are resident, by what they are for.
 
-    ``process`` is all that is there before a model is loaded, ``queries`` and ``records`` are what
-    merging keeps of the prompt and of each merged cell, ``cells`` is the size of the cache.
+    ``process`` is all that is there before a model is loaded, ``repacked`` are weights that the CPU
+    keeps a second time, in an order of its own, ``queries`` and ``records`` are what
+    merging keeps of the prompt and of each merged cell, ``cells`` is the size of the cache that
+    merges, and ``held`` are those in use, which ``kv_stats()`` calls ``cells``.
     """
 
     process: int
     weights: int
+    repacked: int
     mmproj: int
     vocabulary: int
     kv: int
@@ -83,11 +86,12 @@ class Footprint:
     graphs: int
     encoder: int
     cells: int
+    held: int
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name != "cells")
+        return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("cells", "held"))
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,9 @@ class Estimate:
 
     def fit(self, reading: Reading) -> Fit:
         """Return what is resident when all that is read fits into the context."""
-        full = self._full(self._options)
+        full = self._full(self._options, reading.tokens)
         try:
-            return Fit(full, self._merged(reading.tokens), self._peak(reading.tokens))
+            return Fit(full, self._merged(reading), self._peak(reading.tokens))
         except UnsupportedError as refusal:
             return Fit(full, None, None, str(refusal))
 
@@ -173,7 +177,7 @@ class Estimate:
 
         def full(images: int) -> int:
             n_ctx = _round_up(tokens(images))
-            return self._full(replace(self._options, n_ctx=n_ctx)).total
+            return self._full(replace(self._options, n_ctx=n_ctx), tokens(images)).total
 
         def merged(images: int) -> int:
             larger = self._with_context(_round_up(tokens(images)))
@@ -181,7 +185,8 @@ class Estimate:
 
         def in_turns(images: int) -> int:
             larger = self._with_context(_round_up(tokens(images)))
-            held = larger._kept(tokens(images - 1)) if images > 1 else one.text_tokens
+            earlier = replace(one, images=images - 1)
+            held = larger._kept(earlier) if images > 1 else one.text_tokens
             return larger._peak(held + one.image_tokens, is_merged=images > 1).total
 
         most = max(0, self.longest_context - one.text_tokens) // one.image_tokens
@@ -233,6 +238,7 @@ class Estimate:
         kv: int,
         graphs: GraphSizes,
         scratch: int,
+        held: int,
         queries: int = 0,
         records: int = 0,
     ) -> Footprint:
@@ -241,6 +247,7 @@ class Estimate:
         return Footprint(
             process=self._process,
             weights=model.weights,
+            repacked=model.repacked,
             mmproj=vision.weights,
             vocabulary=model.vocabulary,
             kv=kv,
@@ -250,16 +257,20 @@ class Estimate:
             graphs=described + scratch + vision.graphs + (_KERNELS if vision.weights else 0),
             encoder=vision.encoder or 0,
             cells=sizes.cells,
+            held=min(held, sizes.cells),
         )
 
-    def _full(self, options: ContextOptions) -> Footprint:
+    def _full(self, options: ContextOptions, tokens: int) -> Footprint:
         sizes = self._model.context(options)
-        return self._footprint(sizes, sizes.kv, sizes.graphs, self._scratch(sizes.cells))
+        # All cells are allocated and cleared, but a graph goes through those in use.
+        used = min(_round_up(max(tokens, 1)), sizes.cells)
+        graphs = self._model.context(replace(options, n_ctx=max(used, options.n_ubatch))).graphs
+        return self._footprint(sizes, sizes.kv, graphs, self._scratch(used), tokens)
 
-    def _kept(self, tokens: int) -> int:
-        """Return the cells that are held of some tokens after the merge."""
-        # As if all were pictures: text is a small part of a prompt that shows some.
-        return self._policy.kept_cells(self._budget, 0, tokens, 1)
+    def _kept(self, reading: Reading) -> int:
+        """Return the cells that are held of what was read, after the merge."""
+        pictures = reading.images * reading.image_tokens
+        return self._policy.kept_cells(self._budget, reading.text_tokens, pictures, reading.images)
 
     def _capped(self, cells: int) -> int:
         cells = _round_up(max(cells, self._options.n_ubatch))
@@ -268,11 +279,19 @@ class Estimate:
             most = min(most, max(_STEP, self._max_cells // _STEP * _STEP))
         return min(cells, most)
 
-    def _merged(self, tokens: int) -> Footprint:
-        kept = self._kept(tokens)
+    def _merged(self, reading: Reading) -> Footprint:
+        kept, most = self._kept(reading), self._capped(reading.tokens)
+        merged = kept if kept < reading.tokens else 0
         # One cell more: the next token needs one.
-        most = self._capped(tokens)
-        return self._with_engine(kept + 1, most, merged=kept if kept < tokens else 0)
+        footprint = replace(self._with_engine(kept + 1, most, merged), held=min(kept, most))
+        if footprint.cells == most or self._model.offloads:
+            return footprint
+        # A cache of another size has buffers of its own to compute in. They are as large as while
+        # reading, and in the host's memory as much of them is resident as a token writes to.
+        cells = self._capped(kept + 1)
+        one = self._model.engine(replace(self._options, n_ubatch=1), cells, self._policy)
+        less = self._engine(cells).merged.compute - one.merged.compute
+        return replace(footprint, compute=footprint.compute - less)
 
     def _peak(self, tokens: int, is_merged: bool = False) -> Footprint:
         # Where there may be fewer cells than tokens, the cache was merged on the way.
@@ -301,6 +320,7 @@ class Estimate:
             sizes.kv_of(held, together=self._options.flash_attn) + engine.bias,
             engine.merged if merged else engine.before,
             self._scratch(most),
+            held,
             queries=engine.observed,
             records=merged * _RECORD * sum(layer.n_head_kv for layer in engine.layers),
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..cap import Cap
     from ..dry_load import ContextOptions, DryModel
     from ..memory import Fit, Footprint, Reading, Vision
+    from ..policies import Policy
 
 _SIZE = re.compile(r"(\d{1,9})[xX×](\d{1,9})")
 _LARGEST_SIDE = 65536
@@ -23,6 +24,7 @@ _MOST_OF_A_PICTURE, _MOST_LAYERS = 65536, 100_000
 _ROWS = {
     "process": "Python and libraries",
     "weights": "weights",
+    "repacked": "weights, repacked",
     "mmproj": "mmproj",
     "vocabulary": "vocabulary, lists of weights",
     "kv": "KV cache",
@@ -144,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     policy = resolve(arguments.kv_merge)
     assert policy is not None  # a name always means one
     options = _options(arguments)
+    if arguments.mmproj is not None:
+        _load_pillow()
     process = resident()
 
     with DryModel(arguments.model, arguments.n_gpu_layers) as model:
@@ -165,12 +169,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_plain(arguments, reading, fit, vision, within), indent=2))
     else:
-        _print(arguments, reading, fit, vision, budget)
+        _print(arguments, reading, fit, vision, _kept(policy, budget))
         for line in _notes(arguments, reading, fit, picture.note, trained):
             print(f"\n{line}")
         if within is not None:
             _print_within(arguments.memory.text, longest, within)
     return 0
+
+
+def _load_pillow() -> None:
+    """Load what reading a first picture loads: all of Pillow's formats."""
+    from PIL import Image, ImageOps  # noqa: F401
+
+    Image.init()
 
 
 # Options.
@@ -268,12 +279,18 @@ def _vision(
 # Output.
 
 
+def _kept(policy: Policy, budget: Budget) -> str:
+    if policy.budget_of == "media":
+        return f"all text and {str(budget).replace('the tokens', 'what is not text')}"
+    return str(budget)
+
+
 def _print(
     arguments: argparse.Namespace,
     reading: Reading,
     fit: Fit,
     vision: Vision,
-    budget: Budget,
+    kept: str,
 ) -> None:
     what = f"{reading.text_tokens} tokens of text"
     if reading.images:
@@ -286,7 +303,7 @@ def _print(
         pictures = f"{reading.images} picture{plural}{size}"
         what = f"{pictures} ({reading.image_tokens} tokens each), {what}"
     print(f"{arguments.model.name}: {what}")
-    print(f"{reading.tokens} of {arguments.ctx} tokens, {arguments.kv_merge}, {budget}\n")
+    print(f"{reading.tokens} of {arguments.ctx} tokens, {arguments.kv_merge}, {kept}\n")
 
     columns: dict[str, Footprint] = {"full cache": fit.full}
     if fit.merged is not None and fit.peak is not None:
@@ -299,7 +316,8 @@ def _print(
         values = [getattr(column, name) / 2**20 for column in columns.values()]
         if any(values):
             print(f"{label:<28}" + "".join(f"{value:>15.1f}" for value in values))
-    print(f"{'cells':<28}" + "".join(f"{column.cells:>15}" for column in columns.values()))
+    for name, label in (("held", "cells held"), ("cells", "cells allocated")):
+        print(f"{label:<28}" + "".join(f"{getattr(c, name):>15}" for c in columns.values()))
 
 
 def _print_within(memory: str, longest: int, within: dict[str, int]) -> None:
