@@ -499,3 +499,11 @@ def test_options_of_earlier_releases_change_nothing(
     """Frameworks still pass them, and stock takes any keyword."""
     assert llama(mmproj=None, **{name: None}).n_tokens == 0
     assert f"no longer has the option {name}" in caplog.text
+
+
+@pytest.mark.parametrize("select", ["mosaic", "runs", "media"])
+@pytest.mark.parametrize("choice", [{"match": "any", "tau": 1.0}, {"match": "segment", "tau": 0.8}])
+def test_groups_of_its_own_take_no_other_match(select: str, choice: dict[str, Any]) -> None:
+    with pytest.raises(errors.PolicyError, match="forms its own groups"):
+        kvmerge.Policy(select=select, **choice)
+    kvmerge.Policy(select=select, match="none", tau=1.0)

@@ -9,13 +9,17 @@ from ..budget import Budget
 from ..errors import BudgetError, PolicyError
 from .options import OPTIONS
 
+_GROUPING = ("mosaic", "runs", "media")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """How a cache is merged: one choice for each step.
 
-    The methods with a name are subclasses that fix some of the choices and have other defaults;
-    this class combines them freely.
+    The methods with a name are subclasses that fix some of the choices and have other defaults.
+    This class combines them, where they go together: ``"mosaic"``, ``"runs"`` and ``"media"`` form
+    their own groups inside a picture or stretch of text, so that `match` is ``"segment"`` or
+    ``"none"`` there and `tau` 1.
 
     Parameters
     ----------
@@ -113,6 +117,12 @@ class Policy:
                 raise PolicyError(
                     f"{type(self).__name__}({option}={value!r}): {option} must be {problem}"
                 )
+        if self.select in _GROUPING and (self.match not in ("segment", "none") or self.tau != 1.0):
+            raise PolicyError(
+                f"{type(self).__name__}(select={self.select!r}, match={self.match!r}, "
+                f"tau={self.tau}): it forms its own groups, inside a picture or stretch of text: "
+                "match must be 'segment', or 'none' to fold nothing, and tau 1.0"
+            )
         if self.neighbours % 2 == 0:
             raise PolicyError(
                 f"{type(self).__name__}(neighbours={self.neighbours}): neighbours must be odd, the "
