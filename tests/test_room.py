@@ -310,6 +310,38 @@ with Session(model, **options) as session:
 """
 
 
+WITHOUT_MEMORY_UNDER_A_CAP = """
+import re, resource, sys
+from pathlib import Path
+from kvmerge import pocket
+from kvmerge.policies import PRESETS
+from session import Session, llama_cpp
+from test_room import words
+
+failed = 0
+for extra in range(0, 4000, 200):
+    with Session(
+        pocket.model_path(), merge=PRESETS["mosaic"].engine_params(), cache_type="f16", n_ctx=8192,
+        n_batch=256, first_cells=256,
+    ) as session:
+        session.engine.keep_plans(False)
+        session.engine.set_room(2048)
+        for i in range(8):
+            session.decode(words(256, i))
+        used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, ((used + extra) * 1024, resource.RLIM_INFINITY))
+        try:
+            session.decode(words(256, 8))
+        except AssertionError:
+            failed += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        llama_cpp.llama_memory_clear(session.memory, True)
+        assert session.engine.size() == 256, (extra, session.engine.size())
+print(failed)
+"""
+
+
 def run_short_of_memory(script: str, model: Path) -> list[int]:
     """Run a script that limits its own memory; return the numbers that it prints."""
     paths = [str(Path(kvmerge.__file__).parents[1]), str(Path(__file__).parent)]
@@ -338,3 +370,8 @@ def test_without_memory_for_a_smaller_buffer_the_larger_one_stays(
 ) -> None:
     (stayed,) = run_short_of_memory(WITHOUT_MEMORY_TO_SHRINK, tmp_path / "model.gguf")
     assert (stayed > 0) == as_device, "the host gives pages back where they lie"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_a_failed_merge_under_a_cap_does_not_keep_the_cache_large(tmp_path: Path) -> None:
+    assert run_short_of_memory(WITHOUT_MEMORY_UNDER_A_CAP, tmp_path / "unused")[0] > 0

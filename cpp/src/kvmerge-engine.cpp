@@ -830,16 +830,22 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
         return status;
     }
 
-    pending = { seq_id, n_cells, KVMERGE_OK };
+    // the request ends with this call, whatever returns early or throws: no later decode merges by surprise
+    struct request_scope {
+        decltype(pending) & request;
+        ~request_scope() { request = {}; }
+    } scope = { pending };
+
+    pending.seq_id  = seq_id;
+    pending.n_cells = n_cells;
 
     lctx->sched_reserve(); // when nothing was decoded since the engine was attached, the cells being restored ones
 
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
     lctx->memory_update(true);
 
-    const kvmerge_status status = pending.status;
-
-    pending = {};
+    const kvmerge_status status = pending.has_run ? pending.status :
+        kvmerge_error(KVMERGE_ERROR_STATE, "the update of the memory ended before the merge began: nothing was merged");
 
     // The merge's own graphs took larger buffers than the model's need. They go back to the system before the new ones come,
     // else these are found where those were, and all of them is resident before anything was computed.
@@ -880,12 +886,14 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
             is_restored = false;
         }
         if (pending.n_cells > 0) {
-            pending.status = run(pending.seq_id, pending.n_cells, n_cells_max());
+            pending.has_run = true;
+            pending.status  = run(pending.seq_id, pending.n_cells, n_cells_max());
             updated        = pending.status == KVMERGE_OK;
         }
     } catch (const std::bad_alloc &) {
-        pending.status = kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
-        n_wanted       = 0;
+        pending.has_run = true;
+        pending.status  = kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
+        n_wanted        = 0;
     }
 
     if (updated) {

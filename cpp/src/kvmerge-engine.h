@@ -289,6 +289,7 @@ private:
     struct {
         llama_seq_id   seq_id  = -1;
         int32_t        n_cells = 0; // 0: no merge is waiting
+        bool           has_run = false;
         kvmerge_status status  = KVMERGE_OK;
     } pending;
 

@@ -538,6 +538,12 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
     if (table.get_used() + n_tokens > n_max && room.n_cells_max > 0 && is_attached) {
         const uint32_t n_used = table.get_used();
 
+        // also when a merge throws: a cache that stays tight never shrinks again
+        struct tight_scope {
+            bool & is_tight;
+            ~tight_scope() { is_tight = false; }
+        } scope = { room.is_tight };
+
         room.is_tight = true;
 
         for (size_t s = 0; s < sequences.size(); ++s) {
@@ -568,8 +574,6 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
                 break;
             }
         }
-
-        room.is_tight = false;
     }
 
     const uint32_t n = table.get_used() + n_tokens;
