@@ -25,6 +25,7 @@ METHODS = {
 
 TRIED = """
 import sys
+import kvmerge  # before llama_cpp, which it may carry
 from llama_cpp.llama import Llama as Stock
 import inspect, kvmerge
 from kvmerge import errors, pocket
