@@ -1,7 +1,7 @@
 """A KV cache that merges instead of growing, for llama-cpp-python.
 
 >>> from kvmerge import Llama
->>> llm = Llama("model.gguf", mmproj="mmproj.gguf", n_ctx=8192, kv_merge="flowmm", kv_budget=0.2)
+>>> llm = Llama("model.gguf", mmproj="mmproj.gguf", n_ctx=8192, kv_merge="auto", kv_budget=0.2)
 
 `Llama` is a `llama_cpp.Llama`, and everything of that keeps working.  Import this package before
 ``llama_cpp``: both have to use the libraries that come with this one.
