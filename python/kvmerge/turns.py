@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from types import TracebackType
@@ -196,27 +196,24 @@ class Turns:
                 self._ended.notify_all()
 
 
-def takes_turn(method: Method) -> Method:
-    """Make a method of a `Llama` one call: it waits for its turn, on a model that is open."""
+def _inside(scope: Callable[[Turns], AbstractContextManager[None]]) -> Callable[[Method], Method]:
+    """Return a decorator for methods of a `Llama`, which run inside a scope, on an open model."""
 
-    @wraps(method)
-    def in_turn(self: Any, *args: Any, **options: Any) -> Any:
-        self._check_open()
-        with self._turns.call():
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def scoped(self: Any, *args: Any, **options: Any) -> Any:
             self._check_open()
-            return method(self, *args, **options)
+            with scope(self._turns):
+                self._check_open()  # again: it may have been closed while this waited
+                return method(self, *args, **options)
 
-    return in_turn  # type: ignore[return-value]
+        return scoped  # type: ignore[return-value]
+
+    return decorate
 
 
-def looks(method: Method) -> Method:
-    """Make a method of a `Llama` that changes nothing wait for a call that is running."""
+takes_turn = _inside(Turns.call)
+"""Make a method of a `Llama` one call, which waits for its turn."""
 
-    @wraps(method)
-    def looking(self: Any, *args: Any, **options: Any) -> Any:
-        self._check_open()
-        with self._turns.look():
-            self._check_open()
-            return method(self, *args, **options)
-
-    return looking  # type: ignore[return-value]
+looks = _inside(Turns.look)
+"""Make a method of a `Llama` that changes nothing wait for a call that is running."""
