@@ -38,7 +38,7 @@ class Counted:
         self.decoded = self.encoded = self.files = self.fetched = 0
         for owner, name, field in (
             (ChatHandler, "_bitmap", "decoded"),
-            (ChatHandler, "decode_chunk", "encoded"),
+            (ChatHandler, "decode_chunk", "encoded"),  # which encodes what is not kept
             (MediaAccess, "read", "files"),
             (MediaAccess, "fetch", "fetched"),
         ):
@@ -159,7 +159,7 @@ def test_same_tokens_as_prepared_whole(llama: Factory) -> None:
 @pytest.mark.parametrize("merge", [None, "auto"])
 def test_read_again_after_all(merge: str | None, llama: Factory, counted: Counted) -> None:
     """Text before the pictures changes: they are in the cache, and have to be read again."""
-    llm = llama(kv_merge=merge)
+    llm = llama(kv_merge=merge, image_cache=None)
     sources = [png(i) for i in range(4)]
     answer(llm, chat(sources, QUESTIONS[0]), max_tokens=1)
     counted.take()
@@ -170,7 +170,7 @@ def test_read_again_after_all(merge: str | None, llama: Factory, counted: Counte
 
 
 def test_cut_in_the_middle(llama: Factory, counted: Counted) -> None:
-    llm = llama()
+    llm = llama(image_cache=None)
     sources = [png(i) for i in range(4)]
     answer(llm, chat(sources, QUESTIONS[0]), max_tokens=1)
     counted.take()
@@ -193,7 +193,7 @@ def test_pictures_that_changed_places(llama: Factory, counted: Counted) -> None:
 
 
 def test_after_reset(llama: Factory, counted: Counted) -> None:
-    llm = llama()
+    llm = llama(image_cache=None)
     messages = chat([png(1)], QUESTIONS[0])
     first = answer(llm, messages)
     llm.reset()
@@ -227,7 +227,7 @@ def test_url_that_changed(
 ) -> None:
     """It is not asked for again while it is in the cache, and is what it is now when it is."""
     url, files = server
-    llm = llama(kv_merge=merge)
+    llm = llama(kv_merge=merge, image_cache=None)
     files["/a.png"] = png(1)
     messages = chat([f"{url}/a.png"], QUESTIONS[0])
     answer(llm, messages, max_tokens=1)

@@ -11,12 +11,17 @@ import hashlib
 import os
 import secrets
 import weakref
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from llama_cpp import mtmd_cpp
 from llama_cpp.llama_chat_format import (
     ChatFormatterResponse,
@@ -24,7 +29,9 @@ from llama_cpp.llama_chat_format import (
     chat_formatter_to_chat_completion_handler,
 )
 
+from . import _backends
 from ._binding import trim
+from ._library import LLAMA_CPP_PYTHON
 from .errors import (
     DecodeError,
     MediaError,
@@ -33,7 +40,8 @@ from .errors import (
     ProjectorError,
     UnsupportedError,
 )
-from .gguf_file import check_gguf
+from .gguf_file import check_gguf, sha256_of
+from .image_cache import Encoded, ImageCache
 from .media import MediaPart, find_media
 from .native_log import caught
 from .picture import PictureError, is_jpeg_as_it_is
@@ -53,9 +61,18 @@ class _Chunk:
     digest: str
     modality: str
     n_tokens: int
+    picture: str
+    """SHA-256 of the file's bytes, in hex."""
+    number: int
+    """Which of the slices of the picture it is."""
 
     @property
     def pointer(self) -> Any:
+        """The chunk of libmtmd, which may lack its content."""
+        return self.prompt.chunk(self.index)
+
+    @property
+    def filled(self) -> Any:
         """The chunk of libmtmd, with what is needed to encode it."""
         return self.prompt.filled(self.index)
 
@@ -70,9 +87,9 @@ class _Changed(MediaError):
 class _Chunks:
     """libmtmd's chunks of a prompt.
 
-    Media that are in the cache are given to libmtmd as nothing but their size: it counts their
-    tokens, and they are neither had nor decoded. Should one have to be read again after all, the
-    prompt is prepared once more with it.
+    Media that are in the cache, or that were encoded and kept, are given to libmtmd as nothing but
+    their size: it counts their tokens, and they are neither had nor decoded. Should one have to be
+    encoded after all, the prompt is prepared once more with it.
     """
 
     def __init__(
@@ -130,11 +147,20 @@ class _Chunks:
                     f"libmtmd could not prepare the prompt: {errors.reason or f'status {status}'}"
                 )
 
+    def chunk(self, index: int) -> Any:
+        """Return a chunk, as it is."""
+        return mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+
     def filled(self, index: int) -> Any:
         """Return a chunk with its content, and prepare what comes after it too."""
-        chunk = mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
-        first = self._digests.index(mtmd_cpp.mtmd_input_chunk_get_id(chunk).decode())
-        needed = [i for i, is_empty in enumerate(self._is_empty) if is_empty and i >= first]
+        chunk = self.chunk(index)
+        digest = mtmd_cpp.mtmd_input_chunk_get_id(chunk).decode()
+        first = self._digests.index(digest)
+        needed = [
+            i
+            for i, is_empty in enumerate(self._is_empty)
+            if is_empty and i >= first and not (self._is_kept(i) and self._digests[i] != digest)
+        ]
         if not needed:
             return chunk
         for i in needed:
@@ -142,16 +168,25 @@ class _Chunks:
                 raise _Changed(f"{self._parts[i].label} is not what it was when it was last read")
             self._is_empty[i] = False
         self._prepare()
-        return mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+        return self.chunk(index)
+
+    def _is_kept(self, i: int) -> bool:
+        return self.handler._kept(self._digests[i], self._parts[i]) is not None
 
     def segments(self) -> list[Segment]:
         """Return the text tokens, and the media with what stands for them."""
         n = int(mtmd_cpp.mtmd_input_chunks_size(self._chunks))
+        ids = [mtmd_cpp.mtmd_input_chunk_get_id(self.chunk(i)) for i in range(n)]
+        # Some models cut a picture into slices, as many each time that it is shown.
+        shown = Counter(digest.encode() for digest in self._digests)
+        n_slices = {bitmap_id: ids.count(bitmap_id) // n for bitmap_id, n in shown.items()}
         slices: dict[bytes, int] = {}
-        return [self._segment(i, slices) for i in range(n)]
+        return [self._segment(i, slices, n_slices) for i in range(n)]
 
-    def _segment(self, index: int, slices: dict[bytes, int]) -> Segment:
-        chunk = mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
+    def _segment(
+        self, index: int, slices: dict[bytes, int], n_slices: Mapping[bytes, int]
+    ) -> Segment:
+        chunk = self.chunk(index)
         kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
         if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
             count = ctypes.c_size_t()
@@ -159,12 +194,13 @@ class _Chunks:
             return Segment([tokens[i] for i in range(count.value)])
         n_tokens = int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
         bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(chunk) or b""
-        # Some models cut a picture into slices: all have its id, each is another input.
+        # All slices have the id of the picture, each is another input.
         number = slices.get(bitmap_id, 0)
         slices[bitmap_id] = number + 1
         digest = _digest_of_slice(bitmap_id, number)
         modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
-        media = _Chunk(self, index, digest, modality, n_tokens)
+        number %= n_slices[bitmap_id]
+        media = _Chunk(self, index, digest, modality, n_tokens, bitmap_id.decode(), number)
         return Segment(placeholder_ids(digest, n_tokens), media)
 
 
@@ -201,6 +237,8 @@ class ChatHandler(MTMDChatHandler):
         The vision or audio part (GGUF).
     image_min_tokens, image_max_tokens : int, optional
         Bounds on the tokens of a picture, for models whose pictures vary in size.
+    image_cache : ImageCache, optional
+        Where what was encoded is kept.
     """
 
     def __init__(
@@ -208,6 +246,7 @@ class ChatHandler(MTMDChatHandler):
         mmproj: str | os.PathLike[str],
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
+        image_cache: ImageCache | None = None,
     ) -> None:
         file = check_gguf(mmproj, "mmproj", ProjectorError)
         for name, value in (
@@ -220,6 +259,7 @@ class ChatHandler(MTMDChatHandler):
                 raise OptionError(f"{name}={value!r}: {name} must be at least 1")
         super().__init__(os.fspath(file), verbose=False)
         self._image_tokens = (image_min_tokens, image_max_tokens)
+        self.image_cache = ImageCache(None) if image_cache is None else image_cache
         # At the end of the interpreter the modules may be gone before this.
         self._mtmd_free = mtmd_cpp.mtmd_free
         # A marker that no message can contain by chance or on purpose.
@@ -270,6 +310,8 @@ class ChatHandler(MTMDChatHandler):
             )
         self.mtmd_ctx = context
         llama_model._stack.callback(self._free)
+        n_embd = int(llama_cpp.llama_model_n_embd_inp(llama_model.model))
+        self.image_cache.set_origin(partial(_origin, Path(self.clip_model_path), params, n_embd))
 
     def _free(self) -> None:
         context, self.mtmd_ctx = self.mtmd_ctx, None
@@ -349,6 +391,13 @@ class ChatHandler(MTMDChatHandler):
             return mtmd_cpp.mtmd_bitmap_init_from_audio(size[0], None)
         return mtmd_cpp.mtmd_bitmap_init(*size, None)
 
+    def _kept(self, digest: str, part: MediaPart) -> Encoded | None:
+        """Return the beginning of what a medium was encoded to, if that was kept."""
+        kept = self.image_cache.peek(digest, part.modality)
+        if kept is not None and digest not in self._sizes:
+            _note(self._sizes, digest, (kept.modality, kept.size))
+        return kept
+
     def _note_size(self, digest: str, bitmap: Any) -> None:
         modality = "audio" if mtmd_cpp.mtmd_bitmap_is_audio(bitmap) else "image"
         size = mtmd_cpp.mtmd_bitmap_get_nx(bitmap), mtmd_cpp.mtmd_bitmap_get_ny(bitmap)
@@ -407,13 +456,17 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         cached = set() if llama is None else {span.digest for span in llama.media_spans}
         digests = [self._digest(part, cached) for part in parts]
-        empty = {
-            digest
-            for digest in digests
-            if digest in self._sizes
-            and (not is_read or _digest_of_slice(digest.encode(), 0) in cached)
-        }
         with ExitStack() as stack:
+            stack.enter_context(self.image_cache.reserving(digests))
+            empty = {
+                digest
+                for digest, part in zip(digests, parts, strict=True)
+                if (
+                    self._sizes.get(digest, ("",))[0] == part.modality
+                    and (not is_read or _digest_of_slice(digest.encode(), 0) in cached)
+                )
+                or self._kept(digest, part) is not None
+            }
             if parts:
                 # The media are gone by then, and may have been large.
                 stack.callback(trim)
@@ -428,6 +481,7 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         if llama is None:
             raise DecodeError("the Llama of this chat handler is gone")
+        embeddings = self._encoded(chunk)
         pointer = chunk.pointer
         at_once = llama.n_batch
         if mtmd_cpp.mtmd_decode_use_non_causal(self.mtmd_ctx, pointer):
@@ -441,15 +495,17 @@ class ChatHandler(MTMDChatHandler):
                 )
         after = llama_cpp.llama_pos(position)
         with caught() as errors:
-            status = mtmd_cpp.mtmd_helper_eval_chunk_single(
+            status = mtmd_cpp.mtmd_helper_decode_image_chunk(
                 self.mtmd_ctx,
                 llama.ctx,
                 pointer,
+                embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
                 llama_cpp.llama_pos(position),
                 llama_cpp.llama_seq_id(0),
                 at_once,
-                False,
                 ctypes.byref(after),
+                mtmd_cpp.mtmd_helper_post_decode_callback(),
+                None,
             )
         if status != 0:
             raise DecodeError(
@@ -457,6 +513,29 @@ class ChatHandler(MTMDChatHandler):
                 f"{position}: {errors.reason or f'status {status}'}"
             )
         return int(after.value)
+
+    def _encoded(self, chunk: _Chunk) -> npt.NDArray[np.float32]:
+        """Return the embeddings of a medium, [n_tokens, n_embd]: kept ones, or new ones."""
+        name = (chunk.picture, chunk.number)
+        kept = self.image_cache.get(name, chunk.n_tokens)
+        if kept is not None:
+            return kept
+        pointer = chunk.filled
+        with caught() as errors:
+            status = mtmd_cpp.mtmd_encode_chunk(self.mtmd_ctx, pointer)
+        if status != 0:
+            raise DecodeError(
+                f"a {chunk.modality} of {chunk.n_tokens} tokens could not be encoded: "
+                f"{errors.reason or f'status {status}'}"
+            )
+        llama = None if self._llama is None else self._llama()
+        assert llama is not None
+        shape = chunk.n_tokens, int(llama_cpp.llama_model_n_embd_inp(llama.model))
+        values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.mtmd_ctx), shape)
+        embeddings = values.copy()  # The next picture is encoded to the same place.
+        _, size = self._sizes[chunk.picture]
+        self.image_cache.put(name, Encoded(chunk.modality, size, embeddings))
+        return embeddings
 
     def __call__(  # type: ignore[override]
         self, *, llama: Llama, messages: list[Any], **options: Any
@@ -489,6 +568,19 @@ class ChatHandler(MTMDChatHandler):
             messages=messages,
             **{name: options[name] for name in _TOOL_OPTIONS + _ANSWER_OPTIONS if name in options},
         )
+
+
+def _origin(mmproj: Path, params: Any, n_embd: int) -> dict[str, Any]:
+    """Return what embeddings depend on beside the picture."""
+    return {
+        "llama.cpp": LLAMA_CPP_PYTHON,
+        "mmproj": sha256_of(mmproj),
+        "n_embd": n_embd,
+        "image_min_tokens": params.image_min_tokens,
+        "image_max_tokens": params.image_max_tokens,
+        "flash_attn_type": params.flash_attn_type,
+        "devices": [device.name for device in _backends.devices()] if params.use_gpu else [],
+    }
 
 
 def _address(data: bytes) -> Any:

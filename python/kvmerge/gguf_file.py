@@ -71,3 +71,18 @@ def _fingerprint(file: Path, size: int, changed: int) -> str:
             stream.seek(i * size // _BLOCKS)
             digest.update(stream.read(_BLOCK_SIZE))
     return digest.hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of all bytes of a file, in hex."""
+    status = file.stat()
+    return _sha256_of(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _sha256_of(file: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1024 * 1024):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -75,7 +75,7 @@ _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
     | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
-    | {"media_access"}
+    | {"media_access", "image_cache", "image_cache_dir"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _FORGOTTEN_OPTIONS = frozenset(
@@ -168,6 +168,12 @@ class Llama(StockLlama):
     media_access : MediaAccess, optional
         Which files and URLs messages may name; all unless given. Programs that serve others pass
         ``MediaAccess()``, which is none.
+    image_cache : int or str, optional
+        What encoded pictures and sounds may take in memory, such as ``"256MiB"``: one that is shown
+        again is neither decoded nor encoded.  The one used least recently goes first; None keeps
+        none.
+    image_cache_dir : path, optional
+        Folder in which they are kept as well, for later and for other processes.
     **options
         Everything that `llama_cpp.Llama` takes.  ``type_k`` and ``type_v`` also take names such as
         ``"q8_0"``.  A keyword that neither class has raises, instead of being ignored.
@@ -203,6 +209,8 @@ class Llama(StockLlama):
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
         media_access: MediaAccess | None = None,
+        image_cache: int | str | None = "256MiB",
+        image_cache_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         self._engine: Engine | None = None
@@ -221,6 +229,7 @@ class Llama(StockLlama):
         self._trace = option_table.switch("kv_trace", kv_trace)
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._access = _media_access(media_access)
+        self._image_cache = (image_cache, image_cache_dir)
         self._check_combination(mmproj, options)
 
         path = check_gguf(model_path, "model", ModelError)
@@ -361,6 +370,8 @@ class Llama(StockLlama):
             )
         if mmproj is None and self._image_tokens != (None, None):
             raise OptionError("image_min_tokens= and image_max_tokens= need mmproj=")
+        if mmproj is None and self._image_cache[1] is not None:
+            raise OptionError("image_cache_dir= needs mmproj=")
         if merging and hasattr(handler, "clip_model_path"):
             raise UnsupportedError(
                 f"{type(handler).__name__} clears the cache in every call and counts positions as "
@@ -375,11 +386,14 @@ class Llama(StockLlama):
             raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
 
     def _make_handler(self, mmproj: str | os.PathLike[str] | None) -> Any:
+        from .image_cache import ImageCache, bytes_of
+
         if mmproj is None:
+            bytes_of(self._image_cache[0])
             return None
         from .chat import ChatHandler
 
-        return ChatHandler(mmproj, *self._image_tokens)
+        return ChatHandler(mmproj, *self._image_tokens, ImageCache(*self._image_cache))
 
     def _fit_batches(self, path: Path, mmproj: Any, options: dict[str, Any]) -> None:
         """Make batches large enough for pictures that have to be read at once."""
@@ -523,6 +537,8 @@ class Llama(StockLlama):
             "image_min_tokens": self._image_tokens[0],
             "image_max_tokens": self._image_tokens[1],
             "media_access": self._access,
+            "image_cache": self._image_cache[0],
+            "image_cache_dir": self._image_cache[1],
         }
 
     # Tokens, positions and cells.
@@ -1175,6 +1191,7 @@ class Llama(StockLlama):
         self._check_open()
         engine, policy = self._engine, self._policy
         cells, held = self._held()
+        images = getattr(self.chat_handler, "image_cache", None)
         if engine is None or policy is None:
             per_cell = self._bytes_per_cell()
             return KVStats(
@@ -1187,6 +1204,7 @@ class Llama(StockLlama):
                 policy="none" if policy is None else str(policy),
                 budget=None if policy is None else self._budget.kept,
                 budget_of="tokens" if policy is None else policy.budget_of,
+                image_cache=None if images is None else images.stats(),
             )
         per_cell = engine.stats().bytes_per_cell
         flow: list[LayerFlow] = []
@@ -1215,6 +1233,7 @@ class Llama(StockLlama):
             last_merge_ms=self._merges[-1].ms if self._merges else 0.0,
             flow=tuple(flow),
             layer_cells=tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers)),
+            image_cache=None if images is None else images.stats(),
         )
 
     def _bytes_per_cell(self) -> int:

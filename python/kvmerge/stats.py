@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from .image_cache import ImageCacheStats
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class KVStats:
         unless there is a trace (``kv_trace=True``).
     layer_cells : tuple of int
         Cells that each merged layer holds.
+    image_cache : ImageCacheStats or None
+        What became of the pictures that had to be read; None without an mmproj.  It says nothing of
+        what the cache holds: two records that differ in it alone are equal.
     """
 
     tokens: int
@@ -105,6 +110,7 @@ class KVStats:
     last_merge_ms: float = 0.0
     flow: tuple[LayerFlow, ...] = ()
     layer_cells: tuple[int, ...] = ()
+    image_cache: ImageCacheStats | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists and numbers."""
@@ -120,6 +126,8 @@ class KVStats:
             lines.append(f"  a layer       {' '.join(map(str, self.layer_cells))}")
         if self.bytes_per_cell:
             lines.append(f"KV MiB          {self.mib:.2f} (full cache: {self.mib_full:.2f})")
+        if self.image_cache is not None:
+            lines.append(f"pictures        {self.image_cache}")
         if self.budget is None:
             lines.append("merging         off")
             return "\n".join(lines)
