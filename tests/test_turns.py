@@ -216,6 +216,15 @@ if child == 0:
         else:
             os._exit(3)
     llm.close()
+    options = dict(n_ctx=512, verbose=False)
+    try:
+        Llama(pocket.model_path(), n_threads=2, n_threads_batch=2, **options)
+    except ForkedError as error:
+        assert "n_threads=1" in str(error)
+    else:
+        os._exit(4)
+    with Llama(pocket.model_path(), n_threads=1, n_threads_batch=1, **options) as new:
+        new.create_completion("Hello", max_tokens=1)
     sys.exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 llm.create_completion("Goodbye", max_tokens=2)

@@ -32,6 +32,7 @@ from llama_cpp.llama_chat_format import (
 from . import _backends
 from ._binding import trim
 from ._library import LLAMA_CPP_PYTHON
+from .continuation import Continuation
 from .errors import (
     DecodeError,
     MediaError,
@@ -339,7 +340,10 @@ class ChatHandler(MTMDChatHandler):
         OptionError
             If the chat template does not take the messages.
         """
-        return self._template(llama).render(messages, self._marker, template_options(options))
+        end = Continuation(messages)
+        template = self._template(llama)
+        text = template.render(end.marked(messages), self._marker, template_options(options))
+        return end.cut(text)
 
     # From files to libmtmd.
 

@@ -7,16 +7,18 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_cpp.llama import Llama as StockLlama
 
 from .chat import ChatHandler
-from .errors import OptionError, StateError, UnknownOptionError, UnsupportedError, did_you_mean
+from .errors import OptionError, StateError, UnsupportedError
 from .media import find_media
 from .messages import check_messages
 from .prompt import Prompt
+from .request import Request
 from .snapshot import Snapshot
 from .text_chat import TextHandler
 
@@ -64,7 +66,8 @@ class Context:
     def __init__(self, llama: Llama, messages: Sequence[Any], options: dict[str, Any]) -> None:
         self._llama = llama
         self._messages = check_messages(messages)
-        self._options = _DEFAULTS | _checked(options)
+        self._given = options
+        self._options = self._request({}).options
         self._chat: _Chat = _chat_of(llama)
         self._base: Snapshot | None = None
         self._joins = False
@@ -152,11 +155,17 @@ class Context:
             question = [{"role": "user", "content": question}]
         messages = self._followed_by(check_messages(question))
         llama._check_media(messages)
-        chosen = self._options | _checked(options)
+        request = self._request(options)
         self._asked += 1
         self._return_to(base)
-        answer = self._answer(base, messages, chosen)
-        return self._until_next(answer) if chosen["stream"] else answer
+        answer = self._answer(base, messages, request.options)
+        answer = request.shape(answer, llama._usage)
+        return self._until_next(answer) if request.options["stream"] else answer
+
+    def _request(self, options: dict[str, Any]) -> Request:
+        chat_format = self._llama.chat_format if self._llama.chat_handler is None else None
+        request = Request.chat([], self._given | options, chat_format)
+        return replace(request, options=_DEFAULTS | request.options)
 
     def _return_to(self, base: Snapshot) -> None:
         llama = self._llama
@@ -198,15 +207,6 @@ class Context:
                 except StopIteration:
                     return
                 yield chunk
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    for name in options:
-        if name not in _DEFAULTS:
-            raise UnknownOptionError(
-                f"create_chat_completion has no option {name!r}.{did_you_mean(name, _DEFAULTS)}"
-            )
-    return options
 
 
 def _parts(message: Any, before: str = "") -> list[Any]:

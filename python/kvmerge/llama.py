@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -36,11 +37,13 @@ from .errors import (
     UnsupportedError,
     did_you_mean,
 )
+from .forks import check_threads
 from .gguf_file import check_gguf
 from .messages import check_messages, check_text
 from .native_log import caught, set_verbose
 from .policies import Policy, resolve
 from .prompt import MediaSpan, Prompt
+from .sampling import Processors, bias
 from .stats import KVStats, LayerFlow, MergeRecord
 from .turns import Stream, Turns, looks, takes_turn
 
@@ -50,6 +53,7 @@ from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
 from ._binding import Engine, small_beginning  # noqa: E402
+from .request import Request  # noqa: E402
 
 if TYPE_CHECKING:
     from .context import Context
@@ -95,6 +99,14 @@ class _Closed:
         raise ClosedError("this Llama is closed: make a new one")
 
 
+@dataclass
+class _Counted:
+    """Tokens of a prompt and of its answer, which a stream of llama-cpp-python does not tell."""
+
+    prompt: int = 0
+    answer: int = 0
+
+
 class _State(LlamaState):
     """A saved state that also knows positions and media."""
 
@@ -120,6 +132,26 @@ def _cache_type(option: str, value: object) -> int | None:
         f"{option}={value!r} is not a cache type: it must be one of {names}, or the matching "
         f"llama_cpp.GGML_TYPE_* number.{did_you_mean(value, CACHE_TYPES)}"
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return log probabilities with Python's numbers in the place of NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _with_bias(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose biases are a logits processor, where there are others too.
+
+    llama-cpp-python drops all of them where both are given.
+    """
+    if not options.get("logit_bias") or not options.get("logits_processor"):
+        return options
+    processors = [*options["logits_processor"], bias(options["logit_bias"])]
+    return {**options, "logit_bias": None, "logits_processor": processors}
 
 
 def _media_access(value: object) -> MediaAccess:
@@ -219,6 +251,7 @@ class Llama(StockLlama):
         self._turns = Turns()
         mmproj = self._take_projector(mmproj, options)
         self._check_options(options)
+        check_threads(options.get("n_threads"), options.get("n_threads_batch"))
         self._policy = resolve(kv_merge)
         self._budget = Budget(kv_budget)
         if self._policy is not None:
@@ -246,6 +279,8 @@ class Llama(StockLlama):
         self._prefilled = False
         self._end: tuple[list[int], npt.NDArray[np.single]] | None = None
         self._cached_tokens = 0
+        self._counted = _Counted()
+        self._processors: Processors | None = None
         try:
             self._load(path, options)
             self._fit_arrays()
@@ -886,6 +921,8 @@ class Llama(StockLlama):
         self, tokens: list[int], sampling: tuple[Any, ...], reset: bool, *args: Any, **options: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         prefilled, self._prefilled = self._prefilled, False
+        counted, ends = self._counted, self._ends
+        counted.prompt = len(tokens)
         if not reset:
             self.eval(tokens)
             self._merge()
@@ -900,6 +937,7 @@ class Llama(StockLlama):
                     token = generated.send(sent)
                 except StopIteration:
                     return
+                counted.answer += not ends(token)
                 sent = yield token
                 if sent and not self._logits_all:
                     # It samples after each of them, and llama.cpp ends the process without logits.
@@ -915,8 +953,27 @@ class Llama(StockLlama):
             n == len(tokens) and not self._requires_eval and self.input_ids[:n].tolist() == tokens
         )
 
+    def _ends(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def _init_sampler(self, *args: Any, logits_processor: Any = None, **options: Any) -> Any:
+        processors = None if logits_processor is None else Processors(logits_processor)
+        self._processors = processors
+        return super()._init_sampler(*args, logits_processor=processors, **options)
+
+    def sample(self, *args: Any, **options: Any) -> int:
+        """Sample a token; see `llama_cpp.Llama.sample`.
+
+        What a logits processor raises is raised here.
+        """
+        token = int(super().sample(*args, **options))
+        if self._processors is not None:
+            self._processors.check()
+        return token
+
     def _create_completion(self, *args: Any, **options: Any) -> Iterator[Any]:
         self._check_open()
+        self._counted = _Counted()
         if self.cache is not None and self._engine is not None:
             raise UnsupportedError(
                 "set_cache() does not go with kv_merge=: it would cut saved states to what a new "
@@ -927,6 +984,8 @@ class Llama(StockLlama):
                 usage: Any = part.get("usage")
                 if usage is not None:
                     usage["prompt_tokens_details"] = self._prompt_tokens_details()
+                for choice in part["choices"]:
+                    choice["logprobs"] = _plain(choice["logprobs"])
                 yield part
         except ValueError as error:
             # It counts the tokens of a text before anything of ours sees them.
@@ -942,17 +1001,26 @@ class Llama(StockLlama):
             )
         return details
 
+    def _usage(self) -> dict[str, Any]:
+        """Return what the last completion has read and written, as OpenAI calls it."""
+        counted = self._counted
+        return {
+            "prompt_tokens": counted.prompt,
+            "completion_tokens": counted.answer,
+            "total_tokens": counted.prompt + counted.answer,
+            "prompt_tokens_details": self._prompt_tokens_details(),
+        }
+
     @takes_turn
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
-        options = option_table.of_call(
-            StockLlama.create_completion, option_table.COMPLETION, args, options
-        )
-        self._check_logits(options)
-        for name, value in options.items():
+        request = Request.completion(args, options)
+        self._check_logits(request.options)
+        for name, value in request.options.items():
             if name != "prompt" or isinstance(value, str):
                 check_text(value, name)
-        return self._in_steps(super().create_completion(**options))
+        answer = super().create_completion(**_with_bias(request.options))
+        return self._in_steps(request.shape(answer, self._usage))
 
     def _check_logits(self, options: dict[str, Any]) -> None:
         biases = options.get("logit_bias") or {}
@@ -975,15 +1043,15 @@ class Llama(StockLlama):
 
         A later call whose messages begin with those of the one before reads only what is new.
         """
-        options = option_table.of_call(
-            StockLlama.create_chat_completion, option_table.CHAT, [messages, *args], options
-        )
+        chat_format = None if self.chat_handler is not None else self.chat_format
+        request = Request.chat([messages, *args], options, chat_format)
+        options = request.options
         self._check_logits(options)
         messages = options.pop("messages")
         for name, value in options.items():
             check_text(value, name)
         answer = super().create_chat_completion(self._checked(messages), **options)
-        return self._in_steps(answer)
+        return self._in_steps(request.shape(answer, self._usage))
 
     def _checked(self, messages: Any) -> list[Any]:
         """Return messages in the form that the chat handler takes."""

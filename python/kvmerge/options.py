@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import OptionError, UnknownOptionError, UnsupportedError, did_you_mean
+from .tool_calls import check_tools
 
 Check = Callable[[str, Any], Any]
 
@@ -43,8 +44,8 @@ def whole(low: int, high: int = INT32) -> Check:
             or not isinstance(value, Integral)
             or not low <= int(value) <= high
         ):
-            bounds = f"at least {low}" if high == INT32 else f"from {low} to {high}"
-            raise _error(name, value, f"a whole number of {bounds}")
+            bounds = f"of at least {low}" if high == INT32 else f"from {low} to {high}"
+            raise _error(name, value, f"a whole number {bounds}")
         return int(value)
 
     return check
@@ -206,16 +207,16 @@ def _list(name: str, value: Any) -> Any:
 def _tool_choice(name: str, value: Any) -> Any:
     if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
         return value
-    if value in ("none", "auto"):
+    if isinstance(value, str) and value in ("none", "auto", "required"):
         return value
-    accepted = '"none", "auto", or {"type": "function", "function": {"name": ...}}'
-    if value == "required":
-        raise UnsupportedError(f"{name}='required' is not supported: {name} must be {accepted}")
+    accepted = '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
     raise _error(name, value, accepted)
 
 
 def _function_call(name: str, value: Any) -> Any:
-    if value in ("none", "auto") or (isinstance(value, Mapping) and "name" in value):
+    if isinstance(value, Mapping) and "name" in value:
+        return value
+    if isinstance(value, str) and value in ("none", "auto"):
         return value
     raise _error(name, value, '"none", "auto" or {"name": ...}')
 
@@ -233,6 +234,12 @@ def _response_format(name: str, value: Any) -> Any:
     if kind not in ("text", "json_object"):
         raise _error(name, value, kinds)
     return dict(value)
+
+
+def _stream_options(name: str, value: Any) -> dict[str, bool]:
+    if not isinstance(value, Mapping) or value.keys() - {"include_usage", "include_obfuscation"}:
+        raise _error(name, value, '{"include_usage": True} or {"include_usage": False}')
+    return {key: switch(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 
 LLAMA: dict[str, Check] = {
@@ -319,13 +326,21 @@ CHAT: dict[str, Check] = _SAMPLING | {
     "messages": _anything,  # by `messages.check_messages`
     "functions": or_none(_list),
     "function_call": or_none(_function_call),
-    "tools": or_none(_list),
+    "tools": or_none(check_tools),
     "tool_choice": or_none(_tool_choice),
     "response_format": or_none(_response_format),
     "logprobs": or_none(switch),
     "top_logprobs": or_none(whole(0)),
 }
 """Options of ``llama_cpp.Llama.create_chat_completion``."""
+
+
+OPENAI: dict[str, Check] = {
+    "max_completion_tokens": or_none(whole(-INT32)),
+    "stream_options": or_none(_stream_options),
+    "n": or_none(_anything),
+}
+"""Options that OpenAI has for every answer, and llama-cpp-python has not."""
 
 
 def checked(table: Mapping[str, Check], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,6 +364,9 @@ def of_call(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of a call of llama-cpp-python by name, checked.
+
+    What OpenAI calls ``max_completion_tokens`` is ``max_tokens`` in it; ``stream_options`` is left
+    for `kvmerge.request`.
 
     Parameters
     ----------
@@ -375,17 +393,17 @@ def of_call(
     if twice := given.keys() & options.keys():
         raise UnknownOptionError(f"{method.__name__} got {min(twice)} twice")
     given |= options
-    if (most := given.pop("max_completion_tokens", None)) is not None:
-        given.setdefault("max_tokens", most)
-    if given.pop("n", None) not in (None, 1):
-        raise UnsupportedError("n must be 1: ask again for another answer")
-    if given.pop("stream_options", None):
-        raise UnsupportedError(
-            "stream_options is not supported: kv_stats() says what was read after a stream"
-        )
+    known = [*names, *OPENAI]
     for name in given:
-        if name not in names:
+        if name not in known:
             raise UnknownOptionError(
-                f"{method.__name__} has no option {name!r}.{did_you_mean(name, names)}"
+                f"{method.__name__} has no option {name!r}.{did_you_mean(name, known)}"
             )
-    return checked(table, given)
+    given = checked(table | OPENAI, given)
+    if (most := given.pop("max_completion_tokens", None)) is not None:
+        given["max_tokens"] = most
+    if (answers := given.pop("n", None)) not in (None, 1):
+        raise UnsupportedError(
+            f"n={answers!r}: one answer is written at a time, so n must be 1; ask again for another"
+        )
+    return given

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_cpp import llama_chat_format
 
+from .continuation import Continuation
 from .errors import KVMergeError, OptionError, UnsupportedError, did_you_mean
 from .messages import check_text, joined, warn_of_left_out
 from .template import cannot_show, takes_parts
@@ -52,8 +53,10 @@ class TextHandler:
         """Answer a chat."""
         for name in ("functions", "tools"):
             check_text(options.get(name), name)
-        shown = messages if self._shows(llama, messages) else joined(messages)
-        reader = _Reader(llama, self._name, messages)
+        end = Continuation(messages)
+        shown = end.marked(messages)
+        shown = shown if self._shows(llama, messages) else joined(shown)
+        reader = _Reader(llama, self._name, messages, end)
         try:
             return self._format(llama=reader, messages=shown, **options)
         except (KVMergeError, MemoryError):
@@ -111,25 +114,32 @@ class _Stand:
 
 
 class _Reader(_Stand):
-    """Writes BOS once, and knows whether a format has come as far as its prompt."""
+    """Writes BOS once, ends the prompt where the answer begins, and knows how far a format came."""
 
-    def __init__(self, llama: Llama, name: str, messages: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, llama: Llama, name: str, messages: list[dict[str, Any]], end: Continuation
+    ) -> None:
         super().__init__(llama)
         self._name = name
         self._messages = messages
+        self._end = end
         self.is_reached = False
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         what = f"chat_format={self._name!r}"
-        warn_of_left_out(self._messages, text.decode("utf-8", "replace"), what)
+        prompt = self._end.cut(text.decode("utf-8"))
+        warn_of_left_out(self._messages, prompt, what)
+        text = prompt.encode("utf-8")
         model = self._llama._model
         if add_bos and special and (token := self._llama.token_bos()) != -1:
             add_bos = not text.startswith(model.token_get_text(token).encode() or b"\0")
         return self._llama.tokenize(text, add_bos, special)
 
-    def create_completion(self, *arguments: Any, **options: Any) -> Any:
+    def create_completion(self, prompt: str | list[int], **options: Any) -> Any:
+        if isinstance(prompt, str):
+            prompt = self._end.cut(prompt)
         self.is_reached = True
-        return self._llama.create_completion(*arguments, **options)
+        return self._llama.create_completion(prompt, **options)
 
 
 class _Asked(_Stand):
