@@ -12,6 +12,7 @@ import pytest
 
 import kvmerge
 from kvmerge import pocket
+from media_work import Work
 
 Factory = Callable[..., kvmerge.Llama]
 
@@ -62,6 +63,12 @@ def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param:
         monkeypatch.setenv("KVMERGE_AS_DEVICE", "1")
     return bool(request.param)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Count what is decoded and encoded."""
+    return Work(monkeypatch)
 
 
 @pytest.fixture

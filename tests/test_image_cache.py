@@ -9,66 +9,24 @@ import os
 import subprocess
 import sys
 import threading
-import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from PIL import Image
 
 import kvmerge
 from conftest import Factory, answer
-from kvmerge import errors, media, pocket
+from kvmerge import errors, pocket
 from kvmerge.chat import ChatHandler
 from kvmerge.image_cache import SUFFIX, Encoded, ImageCache
-
-import llama_cpp  # isort: skip
-from llama_cpp import mtmd_cpp  # isort: skip
+from media_work import Work, large, logits, sound
 from mrope_model import write_mrope_model
 from projector_models import SLICE_TOKENS, SOUND_TOKENS, write_audio_mmproj, write_sliced_mmproj
 from test_prepared import chat, png
 
 QUESTION = "What colour is in picture 1?"
-
-
-class Work:
-    """How often media were decoded and encoded, counted where it happens."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.decoded = self.encoded = 0
-        for owner, name, field in (
-            (mtmd_cpp, "mtmd_encode_chunk", "encoded"),
-            (mtmd_cpp, "mtmd_helper_bitmap_init_from_buf", "decoded"),
-            (media, "picture_of", "decoded"),
-        ):
-            monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), field))
-
-    def _counting(self, function: Any, field: str) -> Any:
-        def counting(*arguments: Any) -> Any:
-            setattr(self, field, getattr(self, field) + 1)
-            return function(*arguments)
-
-        return counting
-
-    def take(self) -> tuple[int, int]:
-        """Return how many were decoded and encoded since the last call."""
-        counts = self.decoded, self.encoded
-        self.decoded = self.encoded = 0
-        return counts
-
-
-@pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    return Work(monkeypatch)
-
-
-def logits(llm: kvmerge.Llama, messages: Any) -> npt.NDArray[np.single]:
-    """Return those of the first token of an answer."""
-    llm.create_chat_completion(messages, max_tokens=1)
-    values = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    return np.ctypeslib.as_array(values, (llm.n_vocab(),)).copy()
 
 
 def jpeg(seed: int) -> bytes:
@@ -169,23 +127,6 @@ def test_same_bytes_as_another_kind(llama: Factory, work: Work) -> None:
 # Models that cut pictures, count positions otherwise, or hear.
 
 
-def large(seed: int, width: int = 96, height: int = 64) -> bytes:
-    file, rng = io.BytesIO(), np.random.default_rng(seed)
-    Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def sound(seconds: int) -> bytes:
-    file = io.BytesIO()
-    with wave.open(file, "wb") as stream:
-        stream.setnchannels(1)
-        stream.setsampwidth(2)
-        stream.setframerate(16000)
-        noise = np.random.default_rng(1).normal(0, 3000, 16000 * seconds)
-        stream.writeframes(noise.astype("<i2").tobytes())
-    return file.getvalue()
-
-
 def test_slices(llama: Factory, work: Work, tmp_path: Path) -> None:
     options = {"mmproj": write_sliced_mmproj(tmp_path / "a.gguf"), "n_ctx": 4096}
     llm, plain = llama(**options), llama(**options, image_cache=None)
@@ -256,10 +197,9 @@ def test_folder_is_found_by_another_process(llama: Factory, tmp_path: Path) -> N
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import kvmerge
-from kvmerge import media
 import pytest
 from conftest import make_llama
-from test_image_cache import Work, logits
+from media_work import Work, logits
 work = Work(pytest.MonkeyPatch())
 llm = make_llama(image_cache_dir={str(folder)!r})
 values = logits(llm, {messages!r})

@@ -46,6 +46,7 @@ from .image_cache import Encoded, ImageCache
 from .media import MediaPart, find_media
 from .native_log import caught
 from .picture import PictureError, is_jpeg_as_it_is
+from .progress import Meter
 from .prompt import Prompt, Segment, placeholder_ids
 from .template import ChatTemplate
 
@@ -79,6 +80,30 @@ class _Chunk:
 
     def decode(self, position: int) -> int:
         return self.prompt.handler.decode_chunk(self, position)
+
+
+class _Told:
+    """Tells a meter of each batch that libmtmd has read; what it raises ends the reading."""
+
+    def __init__(self, meter: Meter | None) -> None:
+        self._meter = meter
+        self._error: BaseException | None = None
+        kind = mtmd_cpp.mtmd_helper_post_decode_callback
+        self.callback = kind() if meter is None else kind(self._read)
+
+    def _read(self, batch: Any, _: Any) -> int:
+        assert self._meter is not None
+        try:
+            self._meter.read(batch.contents.n_tokens)
+        except BaseException as error:  # C cannot pass it on.
+            self._error = error
+            return 1
+        return 0
+
+    def check(self) -> None:
+        """Raise what the meter has raised."""
+        if self._error is not None:
+            raise self._error
 
 
 class _Changed(MediaError):
@@ -471,6 +496,11 @@ class ChatHandler(MTMDChatHandler):
                 )
                 or self._kept(digest, part) is not None
             }
+            if not is_read:
+                for digest, part in zip(digests, parts, strict=True):
+                    if digest not in empty and part.modality == "image":
+                        _note(self._sizes, digest, ("image", part.size))
+                        empty.add(digest)
             if parts:
                 # The media are gone by then, and may have been large.
                 stack.callback(trim)
@@ -485,8 +515,13 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         if llama is None:
             raise DecodeError("the Llama of this chat handler is gone")
+        meter = llama._meter
+        if meter is not None:
+            meter.begin(chunk)
         embeddings = self._encoded(chunk)
-        pointer = chunk.pointer
+        if meter is not None:
+            meter.encoded(chunk)
+        pointer, told = chunk.pointer, _Told(meter)
         at_once = llama.n_batch
         if mtmd_cpp.mtmd_decode_use_non_causal(self.mtmd_ctx, pointer):
             # Its tokens see each other only when they are read together.
@@ -508,9 +543,10 @@ class ChatHandler(MTMDChatHandler):
                 llama_cpp.llama_seq_id(0),
                 at_once,
                 ctypes.byref(after),
-                mtmd_cpp.mtmd_helper_post_decode_callback(),
+                told.callback,
                 None,
             )
+        told.check()
         if status != 0:
             raise DecodeError(
                 f"a {chunk.modality} of {chunk.n_tokens} tokens could not be read at position "

@@ -245,6 +245,18 @@ def _chat_of(llama: Llama) -> _Chat:
     )
 
 
+def chat_tokens(llama: Llama, messages: Messages, options: dict[str, Any]) -> Prompt:
+    """Return the prompt of a chat, of which nothing can be read: only its tokens are known."""
+    handler = llama.chat_handler
+    if isinstance(handler, ChatHandler):
+        text = handler.text(llama, messages, options)
+        media = find_media(messages, llama.media_access)
+        with handler.prompt(text, media, is_read=False) as prompt:
+            return prompt
+    with _chat_of(llama).prompt(messages, options) as prompt:
+        return prompt
+
+
 class _MediaChat:
     """Chats with pictures; those of the context are prepared once."""
 

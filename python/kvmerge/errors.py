@@ -70,6 +70,10 @@ class DecodeError(KVMergeError, RuntimeError):
     """llama.cpp could not run the model."""
 
 
+class StoppedError(KVMergeError, RuntimeError):
+    """Reading was stopped by ``progress=``; what was read is in the cache."""
+
+
 class MergeError(KVMergeError, RuntimeError):
     """A merge failed on the way; the cache was cleared."""
 

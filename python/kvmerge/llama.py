@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -42,7 +42,9 @@ from .gguf_file import check_gguf
 from .messages import check_messages, check_text
 from .native_log import caught, set_verbose
 from .policies import Policy, resolve
+from .progress import Meter, Report, report_of
 from .prompt import MediaSpan, Prompt
+from .prompt_tokens import PromptTokens
 from .sampling import Processors, bias
 from .stats import KVStats, LayerFlow, MergeRecord
 from .turns import Stream, Turns, looks, takes_turn
@@ -79,7 +81,7 @@ _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
     | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
-    | {"media_access", "image_cache", "image_cache_dir"}
+    | {"media_access", "image_cache", "image_cache_dir", "progress"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _FORGOTTEN_OPTIONS = frozenset(
@@ -206,6 +208,10 @@ class Llama(StockLlama):
         none.
     image_cache_dir : path, optional
         Folder in which they are kept as well, for later and for other processes.
+    progress : bool or callable, optional
+        Something that is called with a `kvmerge.progress.ReadingProgress` while a prompt is read,
+        and stops it with a `StoppedError` by returning False; True for a bar on standard error.
+        Unless given there is a bar where `verbose` is true and standard error is a terminal.
     **options
         Everything that `llama_cpp.Llama` takes.  ``type_k`` and ``type_v`` also take names such as
         ``"q8_0"``.  A keyword that neither class has raises, instead of being ignored.
@@ -243,6 +249,7 @@ class Llama(StockLlama):
         media_access: MediaAccess | None = None,
         image_cache: int | str | None = "256MiB",
         image_cache_dir: str | os.PathLike[str] | None = None,
+        progress: bool | Report | None = None,
         **options: Any,
     ) -> None:
         self._engine: Engine | None = None
@@ -263,6 +270,9 @@ class Llama(StockLlama):
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._access = _media_access(media_access)
         self._image_cache = (image_cache, image_cache_dir)
+        self._progress = progress
+        self._report = report_of(progress, bool(options.get("verbose", True)))
+        self._meter: Meter | None = None
         self._check_combination(mmproj, options)
 
         path = check_gguf(model_path, "model", ModelError)
@@ -574,6 +584,7 @@ class Llama(StockLlama):
             "media_access": self._access,
             "image_cache": self._image_cache[0],
             "image_cache_dir": self._image_cache[1],
+            "progress": self._progress,
         }
 
     # Tokens, positions and cells.
@@ -665,7 +676,10 @@ class Llama(StockLlama):
             )
             self._known = n_tokens
         for start in range(0, len(tokens), self.n_batch):
-            self._decode(tokens[start : start + self.n_batch])
+            batch = tokens[start : start + self.n_batch]
+            self._decode(batch)
+            if self._meter is not None:
+                self._meter.read(len(batch))
 
     def _decode(self, batch: Sequence[int]) -> None:
         self._check_open()
@@ -750,16 +764,33 @@ class Llama(StockLlama):
         last_media = max((span.end for span in prompt.spans()), default=0)
         split = max(split, keep, last_media)
         self._requires_eval = True
-        self._read_range(prompt, keep, split)
-        if split < len(tokens):
-            if merge:
-                self._merge()
-            self._read_range(prompt, split, len(tokens))
-            self._note_end(tokens)
-        else:
-            self._note_end(tokens)
-            if merge:
-                self._merge()
+        with self._reporting(prompt, keep, len(tokens)):
+            self._read_range(prompt, keep, split)
+            if split < len(tokens):
+                if merge:
+                    self._merge()
+                self._read_range(prompt, split, len(tokens))
+                self._note_end(tokens)
+            else:
+                self._note_end(tokens)
+                if merge:
+                    self._merge()
+
+    @contextmanager
+    def _reporting(self, prompt: Prompt, keep: int, n_tokens: int) -> Iterator[None]:
+        """Report how far the reading of a prompt is, after the tokens that are in the cache."""
+        if self._report is None:
+            yield
+            return
+        segments = prompt.rest(keep)
+        media = [segment.media for segment in segments if segment.media is not None]
+        before, meter = self._meter, Meter(self._report, n_tokens - keep, media)
+        self._meter = meter
+        try:
+            yield
+        finally:
+            self._meter = before
+            meter.close()
 
     def _note_end(self, tokens: list[int]) -> None:
         """Keep the logits from which an answer begins, where a merge is going to change them."""
@@ -1213,6 +1244,34 @@ class Llama(StockLlama):
 
         self._check_open()
         return Context(self, messages, options)
+
+    @looks
+    def count_tokens(self, messages: Any, **options: Any) -> PromptTokens:
+        """Return how many tokens a chat takes; nothing is read and no picture is encoded.
+
+        Of a picture that was not seen before the file is only looked into for its size; a sound is
+        decoded.
+
+        Parameters
+        ----------
+        messages : list
+            The messages, as `create_chat_completion` takes them.
+        **options
+            Options of `create_chat_completion` that the chat template sees, such as ``tools``.
+
+        Raises
+        ------
+        MediaError
+            If one of the pictures cannot be had.
+        """
+        from .context import chat_tokens
+
+        self._check_open()
+        options = option_table.of_call(
+            StockLlama.create_chat_completion, option_table.CHAT, [messages], options
+        )
+        prompt = chat_tokens(self, self._checked(options.pop("messages")), options)
+        return PromptTokens.of(prompt, self._common_prefix(prompt, prompt.tokens))
 
     # What the cache holds.
 

@@ -22,7 +22,7 @@ from PIL import Image
 from .access import AccessError, MediaAccess
 from .errors import MediaError
 from .messages import MEDIA_TYPES, media_source
-from .picture import PictureError, picture_of
+from .picture import PictureError, picture_of, size_of
 
 ACCEPTED_SOURCES = (
     "a path, a file://, http:// or https:// URL, a data: URI, base64, bytes, an open file, a "
@@ -149,6 +149,23 @@ class MediaPart:
         except AccessError as error:
             raise self.error(str(error)) from error
         return source.strip()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture as a model sees it; a file is only looked into for it.
+
+        Raises
+        ------
+        MediaError
+            If it is none that can be read.
+        """
+        content = self.content
+        if isinstance(content, Image.Image):
+            return content.size
+        try:
+            return size_of(content)
+        except PictureError as error:
+            raise self.error(str(error)) from error
 
     def picture(self) -> Image.Image:
         """Return the picture as a model sees it.

@@ -35,6 +35,9 @@ _TURNS = {
 }
 """How to turn a picture upright, by its EXIF orientation."""
 
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations in which rows are columns."""
+
 _CLEAR_COLOUR = ("1", "L", "P", "RGB")
 """Modes in which Pillow knows one colour, or a table, that is transparent."""
 
@@ -110,6 +113,27 @@ def is_jpeg_as_it_is(data: bytes) -> bool:
     except Exception as error:
         raise _unreadable(error, True) from error
     return True
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Return width and height of a picture as a model sees it, without decoding the file.
+
+    Raises
+    ------
+    PictureError
+        If it is no picture, or ends before its end.
+    """
+    try:
+        image = open_file(data)
+        width, height = image.size
+        turn = _orientation(image)
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever they like.
+        raise _unreadable(error, True) from error
+    if 0 in (width, height):
+        raise PictureError(f"has no pixels: its size is {width}x{height}")
+    return (height, width) if turn in _ON_ITS_SIDE else (width, height)
 
 
 def open_file(data: bytes) -> Image.Image:

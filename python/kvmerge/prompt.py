@@ -19,6 +19,8 @@ class Media(Protocol):
     """``"image"`` or ``"audio"``."""
     n_tokens: int
     """Tokens that it takes."""
+    number: int
+    """Which slice of its picture it is, from 0."""
 
     def decode(self, position: int) -> int:
         """Encode it, read it into the cache at `position`, and return the position after it."""
@@ -86,6 +88,15 @@ class Prompt:
             if not left:
                 break
         return Prompt(segments)
+
+    def rest(self, n_tokens: int) -> list[Segment]:
+        """Return the segments after the first tokens; a medium that begins there is one of them."""
+        segments, at = [], 0
+        for segment in self.segments:
+            at += len(segment.ids)
+            if at > n_tokens:
+                segments.append(segment)
+        return segments
 
     def n_media_tokens(self, modality: str) -> int:
         """Return how many tokens are of a modality."""

@@ -126,8 +126,6 @@ class KVStats:
             lines.append(f"  a layer       {' '.join(map(str, self.layer_cells))}")
         if self.bytes_per_cell:
             lines.append(f"KV MiB          {self.mib:.2f} (full cache: {self.mib_full:.2f})")
-        if self.image_cache is not None:
-            lines.append(f"pictures        {self.image_cache}")
         if self.budget is None:
             lines.append("merging         off")
             return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -256,6 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
             n_threads=arguments.threads,
             n_threads_batch=arguments.threads,
             verbose=False,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
         ) as llm:
             runs.append(_converse(llm, prompt, name, own_model))
     full, merged = runs
