@@ -17,6 +17,7 @@ from kvmerge import __version__, cli, pocket
 
 HEAVY = {"cffi", "jinja2", "llama_cpp", "matplotlib", "numpy", "PIL"}
 WHOLE_RUNS = {
+    "chat": [str(pocket.model_path())],
     "demo": ["--quick"],
     "doctor": [],
     "eval": ["--methods", "help"],
@@ -132,7 +133,7 @@ def test_what_is_out_of_range_is_refused_with_the_range(
     name: str, action: argparse.Action, capsys: pytest.CaptureFixture[str]
 ) -> None:
     option = action.option_strings[0]
-    needed = ["model.gguf"] if name == "fit" else []
+    needed = ["model.gguf"] if name in ("fit", "chat") else []
     for text in NONSENSE:
         if text.isdecimal() and option in UNBOUNDED:
             continue

@@ -15,6 +15,7 @@ from .terminal import accept_any_text, complain, discard
 COMMANDS = {
     "demo": "show pictures to a model, ask about them with the full and the merged cache",
     "eval": "measure what each method costs in answers, over tasks and budgets",
+    "chat": "talk with a model in the terminal, and show it pictures",
     "fit": "say what a model, its cache and its pictures will take, before anything is loaded",
     "doctor": "say which libraries and devices are used, and whether they can merge",
     "version": "print the versions of this package and of what it is built on",

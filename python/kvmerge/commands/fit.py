@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_TOKENS, Whole, amount, kept, shown
+from .number import MOST_TOKENS, Whole, amount, cap, kept, shown
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-max-cells",
-        type=_cap,
+        type=cap,
         help="the most cells that the cache may have, or an amount such as 512MiB",
     )
     parser.add_argument("--memory", type=_Amount, help="say how many pictures fit, such as 8GiB")
@@ -101,18 +101,6 @@ def _size(text: str) -> tuple[int, int]:
             f"not {shown(text)}"
         )
     return sides
-
-
-def _cap(text: str) -> Cap:
-    from ..cap import Cap
-    from ..errors import OptionError
-
-    try:
-        return Cap(int(text) if text.strip().isdecimal() else text)
-    except OptionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    except ValueError:  # of more digits than Python reads
-        raise argparse.ArgumentTypeError(f"must be fewer cells than {shown(text)}") from None
 
 
 class _Amount:

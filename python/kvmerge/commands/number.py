@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from ..cap import Cap
 
 _T = TypeVar("_T")
 
@@ -71,6 +74,30 @@ def kept(text: str) -> float | int:
             "must be what is kept, a fraction of the tokens in (0, 1] such as 0.2 or a whole "
             f"number of cells such as 512, not {shown(text)}"
         ) from None
+
+
+def cap(text: str) -> Cap:
+    """Return what ``kv_max_cells`` may be: a whole number of cells, or bytes."""
+    from ..cap import Cap
+    from ..errors import OptionError
+
+    try:
+        return Cap(int(text) if text.strip().isdecimal() else text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:  # of more digits than Python reads
+        raise argparse.ArgumentTypeError(f"must be fewer cells than {shown(text)}") from None
+
+
+def temperature(text: str) -> float:
+    """Return a temperature of sampling, 0 to 2."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 2:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 2, not {shown(text)}")
+    return number
 
 
 def fraction(text: str) -> float:
