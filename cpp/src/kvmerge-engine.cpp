@@ -191,7 +191,7 @@ void kvmerge_engine::detach() {
     version++;
 }
 
-// does the backend's attention take a mask per head?
+// does the backend make a mask per head, and does its attention take it?
 static bool supports_mask_per_head(ggml_backend_dev_t dev, const kvmerge_layer & layer, bool flash_attn) {
     ggml_init_params params = {
         /*.mem_size   =*/ 8*ggml_tensor_overhead(),
@@ -204,23 +204,24 @@ static bool supports_mask_per_head(ggml_backend_dev_t dev, const kvmerge_layer &
 
     const int64_t n_kv = 256;
 
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx, flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, 1);
+    mask = ggml_repeat_4d(ctx, mask, n_kv, 1, layer.n_head, 1);
+
     ggml_tensor * res;
 
     if (flash_attn) {
-        ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32,  layer.n_embd_head_k, 1,    layer.n_head);
-        ggml_tensor * k    = ggml_new_tensor_3d(ctx, layer.k->type,  layer.n_embd_head_k, n_kv, layer.n_head_kv);
-        ggml_tensor * v    = ggml_new_tensor_3d(ctx, layer.v->type,  layer.n_embd_head_v, n_kv, layer.n_head_kv);
-        ggml_tensor * mask = ggml_new_tensor_3d(ctx, GGML_TYPE_F16,  n_kv,                1,    layer.n_head);
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32,  layer.n_embd_head_k, 1,    layer.n_head);
+        ggml_tensor * k = ggml_new_tensor_3d(ctx, layer.k->type,  layer.n_embd_head_k, n_kv, layer.n_head_kv);
+        ggml_tensor * v = ggml_new_tensor_3d(ctx, layer.v->type,  layer.n_embd_head_v, n_kv, layer.n_head_kv);
 
         res = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
     } else {
-        ggml_tensor * kq   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_kv, 1, layer.n_head);
-        ggml_tensor * mask = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_kv, 1, layer.n_head);
+        ggml_tensor * kq = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_kv, 1, layer.n_head);
 
         res = ggml_soft_max_ext(ctx, kq, mask, 1.0f, 0.0f);
     }
 
-    return ggml_backend_dev_supports_op(dev, res);
+    return ggml_backend_dev_supports_op(dev, mask) && ggml_backend_dev_supports_op(dev, res);
 }
 
 // one buffer for the tensors that `make` adds, of each buffer type of the layers' keys
