@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from kvmerge.policies import Policy
 
 STOCK = os.environ.get("STOCK_LIBRARIES")
 
@@ -42,7 +45,7 @@ class Session:
     model
         GGUF file.
     merge
-        Fields of ``kvmerge_params``; ``None``: no engine.
+        A policy, or fields of ``kvmerge_params``; ``None``: no engine.
     cache_type
         Type of K and V.
     flash_attention
@@ -51,13 +54,15 @@ class Session:
         As in llama.cpp.
     first_cells
         Cells that the cache begins with; 0: ``n_ctx``.
+    rope_scale
+        Factor of positions; 0: the model's own.
     """
 
     def __init__(
         self,
         model: Path,
         *,
-        merge: Mapping[str, Any] | None = None,
+        merge: Mapping[str, Any] | Policy | None = None,
         cache_type: str = "f16",
         flash_attention: bool = True,
         n_ctx: int = 1024,
@@ -68,6 +73,7 @@ class Session:
         n_rs_seq: int = 0,
         threads: int = 1,
         first_cells: int = 0,
+        rope_scale: float = 0.0,
     ) -> None:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -81,6 +87,7 @@ class Session:
         context.kv_unified = unified
         context.swa_full = swa_full
         context.n_rs_seq = n_rs_seq
+        context.rope_freq_scale = rope_scale
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = GGML_TYPES[cache_type]
         context.flash_attn_type = 1 if flash_attention else 0
@@ -95,7 +102,12 @@ class Session:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self.position = 0
         address = ctypes.cast(self.context, ctypes.c_void_p).value or 0
-        self.engine = Engine(address, merge) if merge is not None else None
+        self.engine = None
+        if merge is not None:
+            policy = merge if isinstance(merge, Mapping) else merge.engine_params()
+            self.engine = Engine(address, policy)
+            if not isinstance(merge, Mapping):
+                self.engine.use(merge)
 
     def __enter__(self) -> Session:
         return self

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import oracle
-from kvmerge.policies import PRESETS, FlowMM, LookM, Mosaic, Policy
+from kvmerge.policies import PRESETS, ArrayPolicy, FlowMM, LookM, Mosaic, Policy
 from mrope_model import write_mrope_model
 from random_model import Shape, write_random_model
 from session import Session
@@ -188,7 +188,7 @@ def check(
     """Merge a prompt and compare every step of every layer."""
     policy = replace(policy, flow_rows=1024)  # every query is sampled: the flow is exact
     with Session(
-        model, merge=policy.engine_params(), cache_type=cache_type,
+        model, merge=policy, cache_type=cache_type,
         flash_attention=flash_attention, n_seq_max=1 + among_others,
     ) as session:  # fmt: skip
         assert session.engine
@@ -320,6 +320,8 @@ def check_layer(
         elif policy.select == "runs":
             differs = target != oracle.runs(key, score, segment, budget, p)
             assert differs.mean() < 0.02
+        elif isinstance(policy, ArrayPolicy):
+            pass  # the plan is the method's own: what is checked is that it is carried out
         else:
             expected_kept, open_ = oracle.select(score, modality, budget, p)
             assert kept.tolist() == expected_kept.tolist()

@@ -52,7 +52,7 @@ def test_shrinking_changes_no_logit(
     model: Path, name: str, cache_type: str, flash_attention: bool
 ) -> None:
     options = {"cache_type": cache_type, "flash_attention": flash_attention, "n_batch": 128}
-    merge = PRESETS[name].engine_params()
+    merge = PRESETS[name]
     results = []
     for first_cells in (0, 256):
         with Session(model, merge=merge, n_ctx=2048, first_cells=first_cells, **options) as session:
@@ -123,7 +123,7 @@ def test_another_engine_finds_the_cache_where_it_lies(model: Path, flash_attenti
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_prompt_of_many_times_the_cap(model: Path, name: str, share: float) -> None:
     cap = 512
-    merge = PRESETS[name].engine_params()
+    merge = PRESETS[name]
     with Session(model, merge=merge, n_ctx=8192, n_batch=128, first_cells=256) as session:
         session.engine.set_room(cap, share)
         for i in range(32):

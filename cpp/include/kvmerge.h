@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 9
+#define KVMERGE_API_VERSION 10
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -243,6 +243,33 @@ KVMERGE_API int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged)
 // no more than that.
 //   n_cells  [1, cells of the sequence]
 KVMERGE_API int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_cells);
+
+// What a merge asks the caller for, where the caller plans. Rows of [n] follow each other by layer and KV head (see
+// kvmerge_get_layer()); K, V and queries are read with kvmerge_read_cells() and kvmerge_read_queries().
+struct kvmerge_question {
+    int32_t         seq_id;
+    int32_t         n_cells;  // cells to keep: of the widest head of a layer, as the mean over the layers
+    int32_t         n_most;   // cells that no head may exceed
+    int32_t         n;        // cells that there are, in the order of their tokens
+    int32_t         n_heads;  // KV heads of all layers together
+    const int32_t * order;    // [n_heads][n] index of the token in the sequence, counted from 0
+    const int32_t * segment;  // [n_heads][n] picture, clip or run of text
+    const uint8_t * modality; // [n_heads][n] enum kvmerge_modality
+    const uint8_t * whole;    // [n_heads][n] 1: of a picture that is to stay as it is
+    const float   * mass;     // [n_heads][n] tokens that the cell stands for; 0: it is empty
+    int32_t       * target;   // [n_heads][n] to be filled: the cell's own index: kept; that of a kept one: folded into
+                              //   it; -1: dropped. Comes with everything kept.
+};
+
+// Returns 0, or anything else when there is no plan.
+typedef int32_t (*kvmerge_planner_fn)(void * data, const struct kvmerge_question * question);
+
+// Let the caller decide, in every merge from now on, which cells are kept and what goes into them, in place of the
+// policy's allocate, select and match. What follows stays the policy's: similarity, n_member, fold, bias and move_keys.
+// NULL: the policy decides. `plan` is called in the middle of a merge: it may read from the engine and change nothing.
+// The last n_keep cells are always kept and take up nothing. A plan that does not keep to this, or keeps too many cells, is
+// refused (ARGUMENT), and the cache is as before.
+KVMERGE_API void kvmerge_set_planner(struct kvmerge_engine * engine, kvmerge_planner_fn plan, void * data);
 
 // Cells that a sequence holds now (where layers differ, of the one that holds most), and the tokens they stand for.
 // Negative: a kvmerge_status.

@@ -121,6 +121,10 @@ int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, fl
     return guarded([&]() -> int32_t { return engine->set_room(n_cells_max, share, n_whole); });
 }
 
+void kvmerge_set_planner(struct kvmerge_engine * engine, kvmerge_planner_fn plan, void * data) {
+    engine->planner = { plan, data };
+}
+
 void kvmerge_trim(void) {
     kvmerge_give_back();
 }

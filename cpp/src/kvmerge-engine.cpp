@@ -1021,12 +1021,11 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     int32_t n_after = 0; // cells of the layer that keeps most
 
-    // score
-    const auto score = [&](size_t l) {
+    // what is there
+    const auto look = [&](size_t l) {
         plans_new[l].resize(layers[l].n_head_kv);
 
         const bool ok = kvmerge_parallel(graph, layers[l].n_head_kv, [&](int h) {
-            plans_new[l][h].logits = std::move(logits[h]);
             plans_new[l][h].cells.reserve(cells.size());
 
             for (uint32_t idx : cells) {
@@ -1039,6 +1038,32 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         }
 
         mark_whole(n_cells, n_text, plans_new[l]);
+
+        return KVMERGE_OK;
+    };
+
+    if (planner) {
+        for (size_t l = 0; l < layers.size(); ++l) {
+            if (const auto status = look(l)) {
+                return status;
+            }
+        }
+        if (const auto status = planner.fill(seq_id, n_cells, n_most, params, plans_new)) {
+            return status;
+        }
+    }
+
+    // score
+    const auto score = [&](size_t l) {
+        if (!planner) {
+            if (const auto status = look(l)) {
+                return status;
+            }
+        }
+
+        for (size_t h = 0; h < plans_new[l].size(); ++h) {
+            plans_new[l][h].logits = std::move(logits[h]);
+        }
 
         if (params.score == KVMERGE_SCORE_POSITION) {
             for (auto & plan : plans_new[l]) {
@@ -1073,7 +1098,9 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         auto & layer_plans = plans_new[l];
         bool   ok          = true;
 
-        if (params.select == KVMERGE_SELECT_MOSAIC || params.select == KVMERGE_SELECT_MEDIA) {
+        if (planner) {
+            // the caller has filled them
+        } else if (params.select == KVMERGE_SELECT_MOSAIC || params.select == KVMERGE_SELECT_MEDIA) {
             ok = kvmerge_mosaic_layer(graph, *this, layers[l], cells, layer_plans, budget, n_text);
         } else if (params.select == KVMERGE_SELECT_RUNS) {
             ok = kvmerge_runs_layer(graph, *this, layers[l], cells, layer_plans, budget);
@@ -1091,7 +1118,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
         ok = ok && kvmerge_parallel(graph, layer_plans.size(), [&](int h) {
             auto & plan = layer_plans[h];
 
-            if (params.match == KVMERGE_MATCH_NONE) {
+            if (params.match == KVMERGE_MATCH_NONE && !planner) {
                 kvmerge_unfold(plan); // the control of a selection that groups
             }
 
@@ -1119,12 +1146,12 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     };
 
     // One layer after the other where the sizes do not depend on the scores: the logits of all layers would be a lot.
-    const bool by_score = kvmerge_allocates_by_score(params);
+    const bool by_score = !planner && kvmerge_allocates_by_score(params);
 
     const auto allocate = [&]() { return layer_budgets(plans_new, flows_new, cells, n_cells, n_text, n_most); };
 
-    std::vector<int32_t> budgets;
-    if (!by_score) {
+    std::vector<int32_t> budgets(layers.size());
+    if (!by_score && !planner) {
         budgets = allocate();
     }
 

@@ -8,6 +8,7 @@
 #include "kvmerge-observe.h"
 #include "kvmerge-pages.h"
 #include "kvmerge-plan.h"
+#include "kvmerge-planner.h"
 
 #include "ggml-cpp.h"
 #include "llama.h"
@@ -146,6 +147,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     llama_context  * lctx;
 
     kvmerge_params   params;
+    kvmerge_planner  planner; // of the caller, if it plans
     kvmerge_observer observer;
 
     std::vector<kvmerge_layer> layers;

@@ -7,12 +7,12 @@ and there is no second list of declarations that could fall behind.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from .errors import (
     StateError,
     UnsupportedError,
 )
+
+if TYPE_CHECKING:
+    from .policies import Policy
 
 MODALITIES = ("text", "image", "audio")
 """Names of ``enum kvmerge_modality``, by value."""
@@ -207,6 +210,38 @@ class Queries:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a merge asks the caller for, where the caller plans.
+
+    Attributes
+    ----------
+    sequence : int
+        The sequence that is merged.
+    cells : int
+        Cells to keep: of the widest head of a layer, as the mean over the layers.
+    most : int
+        Cells that no head may exceed.
+    order, segment, modality, whole, mass : arrays [heads of all layers, n]
+        Of every cell the index of its token, the picture or run of text that it belongs to, its
+        modality (see `MODALITIES`), whether it is of a picture that is to stay as it is, and the
+        tokens that it stands for; 0 is an empty cell.
+    """
+
+    sequence: int
+    cells: int
+    most: int
+    order: npt.NDArray[np.int32]
+    segment: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.uint8]
+    whole: npt.NDArray[np.bool_]
+    mass: npt.NDArray[np.float32]
+
+
+Planner = Callable[[Question], Sequence[npt.NDArray[np.integer[Any]]]]
+"""Returns for every layer the targets [heads, n] of its cells; see ``struct kvmerge_question``."""
+
+
+@dataclass(frozen=True)
 class LayerShape:
     """Shape of one merged layer; ``index`` is its place in the model."""
 
@@ -240,6 +275,8 @@ class Engine:
         native = self._params(params)
         self._check(self._library.kvmerge_attach(pointer, native, out))
         self._engine = out[0]
+        self._planner: Any = None
+        self._problem: Exception | None = None
 
     def _params(self, params: Mapping[str, Any]) -> Any:
         native = self._ffi.new("struct kvmerge_params *", self._library.kvmerge_params_default())
@@ -249,6 +286,7 @@ class Engine:
 
     def _check(self, status: int) -> int:
         if status < 0:
+            self.raise_problem()
             message = self._ffi.string(self._library.kvmerge_error_message()).decode(
                 "utf-8", "replace"
             )
@@ -267,6 +305,11 @@ class Engine:
         """Change the policy; the window and the number of flow rows cannot change."""
         self._check(self._library.kvmerge_set_params(self._engine, self._params(params)))
 
+    def use(self, policy: Policy) -> None:
+        """Merge as a policy says from now on."""
+        self.set_params(policy.engine_params())
+        self.set_planner(policy.planner(self))
+
     def set_room(self, cells: int = 0, share: float = 0.0, whole: int = 0) -> None:
         """Limit the cells of the cache.
 
@@ -280,6 +323,68 @@ class Engine:
             Last pictures that every merge leaves as they are.
         """
         self._check(self._library.kvmerge_set_room(self._engine, cells, share, whole))
+
+    def set_planner(self, planner: Planner | None) -> None:
+        """Let a function decide in every merge what is kept, and what goes into it.
+
+        Parameters
+        ----------
+        planner : callable or None
+            Gets a `Question` and returns for every merged layer an array [heads, n] of targets:
+            a cell's own index where it is kept, that of a kept cell where it is folded into it,
+            -1 where it is dropped.  It may read from the engine.  What it raises, the call that
+            merged raises.  None lets the policy decide.
+        """
+        if planner is None:
+            self._planner = None
+            self._library.kvmerge_set_planner(self._engine, self._ffi.NULL, self._ffi.NULL)
+            return
+
+        def ask(_: Any, question: Any) -> int:
+            try:
+                self._answer(planner, question)
+            except Exception as error:
+                self._problem = error
+                return 1
+            return 0
+
+        # The library calls it as long as it is set: it lives with the engine.
+        self._planner = self._ffi.callback(
+            "int32_t(void *, const struct kvmerge_question *)", ask, error=1
+        )
+        self._library.kvmerge_set_planner(self._engine, self._planner, self._ffi.NULL)
+
+    def raise_problem(self) -> None:
+        """Raise what the planner of the last merge raised, if it did."""
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def _answer(self, planner: Planner, native: Any) -> None:
+        shape = (native.n_heads, native.n)
+
+        def array(name: str, kind: Any) -> npt.NDArray[Any]:
+            size = native.n_heads * native.n * np.dtype(kind).itemsize
+            return np.frombuffer(self._ffi.buffer(getattr(native, name), size), kind).reshape(shape)
+
+        layers = planner(
+            Question(
+                sequence=native.seq_id,
+                cells=native.n_cells,
+                most=native.n_most,
+                order=array("order", np.int32).copy(),
+                segment=array("segment", np.int32).copy(),
+                modality=array("modality", np.uint8).copy(),
+                whole=array("whole", np.uint8).astype(bool),
+                mass=array("mass", np.float32).copy(),
+            )
+        )
+        heads = [self.layer(i).n_head_kv for i in range(self.stats().n_layers)]
+        shapes = [(count, native.n) for count in heads]
+        found = [np.shape(layer) for layer in layers]
+        if found != shapes:
+            raise MergeError(f"a plan has the shapes {found}, {shapes} are accepted")
+        array("target", np.int32)[:] = np.concatenate(list(layers))
 
     def lay_out(self, merged: bool) -> None:
         """Lay out the graphs of a context of a model without weights, with merged cells or not.

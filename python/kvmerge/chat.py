@@ -548,6 +548,8 @@ class ChatHandler(MTMDChatHandler):
             )
         told.check()
         if status != 0:
+            if llama.engine is not None:
+                llama.engine.raise_problem()
             raise DecodeError(
                 f"a {chunk.modality} of {chunk.n_tokens} tokens could not be read at position "
                 f"{position}: {errors.reason or f'status {status}'}"

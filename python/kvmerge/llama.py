@@ -305,6 +305,7 @@ class Llama(StockLlama):
             _backends.log_device(options.get("n_gpu_layers"))
             if self._policy is not None and self._is_merging:
                 self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
+                self._engine.use(self._policy)
                 self._limit_cells(self._engine)
                 self._engine.keep_plans(kv_trace)
         except BaseException:
@@ -689,6 +690,8 @@ class Llama(StockLlama):
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
+            if self._engine is not None:
+                self._engine.raise_problem()
             raise DecodeError(
                 f"llama.cpp could not read {len(batch)} tokens at position {position}: {error}"
             ) from error

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import OptionError, did_you_mean
-from ..policies import PRESETS, FlowMM, Policy
+from ..policies import PRESETS, ArrayPolicy, FlowMM, Policy
 
 FULL = "full"
 """The method that all others are compared with."""
@@ -71,6 +71,9 @@ class Method:
     def definition(self) -> dict[str, Any]:
         """All that its answers depend on."""
         choices = None if self.policy is None else self.policy.choices
+        if isinstance(self.policy, ArrayPolicy):
+            # Its options do not say what it is.
+            choices = {"name": self.policy.name, **(choices or {})}
         return {"policy": choices, "cache_type": self.cache_type}
 
 

@@ -148,7 +148,7 @@ class Reader:
         if cells >= llama.engine.n_cells():
             return False
         try:
-            llama.engine.set_params(policy.engine_params())
+            llama.engine.use(policy)
             llama.engine.merge(cells)
         except KVMergeError as error:
             raise type(error)(f"{method.name}, budget {budget:g}: {error}") from error

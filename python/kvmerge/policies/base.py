@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BudgetError, PolicyError
 from .options import OPTIONS
+
+if TYPE_CHECKING:
+    from .._binding import Engine, Planner
 
 _GROUPING = ("mosaic", "runs", "media")
 
@@ -85,6 +88,15 @@ class Policy:
 
     name: ClassVar[str] = "custom"
 
+    named: ClassVar[dict[str, type[Policy]]] = {}
+    """Every method that has a name of its own, by it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make a method known by its name, from the moment that its module is imported."""
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            Policy.named[cls.name.lower()] = cls
+
     score: str = "proxy"
     allocate: str = "uniform"
     select: str = "top"
@@ -139,6 +151,10 @@ class Policy:
         return {
             OPTIONS[name].param: OPTIONS[name].native(value) for name, value in self.choices.items()
         }
+
+    def planner(self, engine: Engine) -> Planner | None:
+        """Return what plans the merges of an engine, or None where its own steps do."""
+        return None
 
     @property
     def always_kept(self) -> int:
