@@ -218,6 +218,12 @@ KVMERGE_API int32_t kvmerge_set_params(struct kvmerge_engine * engine, const str
 KVMERGE_API int32_t kvmerge_media_begin(struct kvmerge_engine * engine, int32_t modality);
 KVMERGE_API int32_t kvmerge_media_end  (struct kvmerge_engine * engine);
 
+// How many tokens each of the next n of the medium stands for, in the order in which they are decoded, where several were made
+// one before they came here. Such a token weighs in attention as so many do, from the first layer on. Tokens without a weight
+// stand for one. To be called between begin and end.
+//   weights  [n], each [1, 65536]
+KVMERGE_API int32_t kvmerge_media_weights(struct kvmerge_engine * engine, const float * weights, int32_t n);
+
 // The next context that this thread makes begins with a cache of n_cells cells instead of n_ctx; 0: as llama.cpp does it.
 // With an engine attached, such a cache grows by what a batch needs, up to n_ctx or n_cells_max, and shrinks after a merge.
 // Without one, or before, it stays small: call this with 0 once the context is made.

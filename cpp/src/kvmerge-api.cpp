@@ -109,6 +109,10 @@ int32_t kvmerge_media_begin(struct kvmerge_engine * engine, int32_t modality) {
     return guarded([&]() -> int32_t { return engine->media_begin(modality); });
 }
 
+int32_t kvmerge_media_weights(struct kvmerge_engine * engine, const float * weights, int32_t n) {
+    return guarded([&]() -> int32_t { return engine->media_weights(weights, n); });
+}
+
 int32_t kvmerge_media_end(struct kvmerge_engine * engine) {
     return guarded([&]() -> int32_t { return engine->media_end(); });
 }

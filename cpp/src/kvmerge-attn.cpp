@@ -176,7 +176,7 @@ ggml_tensor * kvmerge_build_attn(
         return graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
     }
 
-    if (layer->n_head_kv == 1) {
+    if (layer->n_head_kv == 1 || !engine->is_per_head) {
         kq_mask = ggml_add(ctx, kq_mask, ggml_view_2d(ctx, layer->bias, kq_mask->ne[0], 1, layer->bias->nb[1], 0));
 
         return graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);

@@ -419,6 +419,35 @@ kvmerge_status kvmerge_engine::media_begin(int32_t modality) {
     media.is_open  = true;
     media.is_new   = true;
     media.modality = modality;
+    media.weights.clear();
+
+    return KVMERGE_OK;
+}
+
+kvmerge_status kvmerge_engine::media_weights(const float * weights, int32_t n) {
+    if (!media.is_open) {
+        return kvmerge_error(KVMERGE_ERROR_STATE, "no medium was begun");
+    }
+
+    bool is_one = true;
+    for (int32_t i = 0; i < n; ++i) {
+        if (!(weights[i] >= 1.0f && weights[i] <= 65536.0f)) {
+            return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "weights[%d] is %g, accepted are 1 to 65536", i, weights[i]);
+        }
+        is_one = is_one && weights[i] == 1.0f;
+    }
+
+    media.weights.assign(weights, weights + n);
+    std::reverse(media.weights.begin(), media.weights.end());
+
+    if (!is_one && !has_bias) {
+        has_bias = true;
+        version++;
+        for (size_t l = 0; l < layers.size(); ++l) {
+            upload_bias(l);
+        }
+        lctx->sched_reserve_later();
+    }
 
     return KVMERGE_OK;
 }
@@ -429,6 +458,7 @@ kvmerge_status kvmerge_engine::media_end() {
     }
 
     media.is_open = false;
+    media.weights.clear();
 
     return KVMERGE_OK;
 }
@@ -469,6 +499,14 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
         token.segment  = s.segment;
         token.modality = m;
 
+        if (media.is_open && !media.weights.empty()) {
+            token.mass = media.weights.back();
+            token.bias = std::log(token.mass);
+            media.weights.pop_back();
+
+            bias_changes = bias_changes || token.bias != 0.0f;
+        }
+
         // the token may belong to more sequences
         for (int32_t j = 1; j < ubatch.n_seq_id[i]; ++j) {
             sequences[ubatch.seq_id[i][j]].n_seen = s.n_seen;
@@ -489,7 +527,7 @@ bool kvmerge_engine::wipe(uint32_t idx) {
         return false;
     }
 
-    bool had_bias = false;
+    bool had_bias = tokens[idx].bias != 0.0f;
     for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
         for (const auto & head : merged[l]) {
             had_bias = had_bias || head[idx].bias != 0.0f;
@@ -522,11 +560,13 @@ void kvmerge_engine::on_clear() {
         }
     }
     if (has_bias) {
-        has_bias = false;
+        has_bias    = false;
+        is_per_head = false;
         version++;
     }
 
     media.is_open = false;
+    media.weights.clear();
     pending       = {};
     n_wanted      = 0;
     is_restored   = false;
@@ -785,7 +825,7 @@ void kvmerge_engine::upload_bias(size_t l, ggml_tensor * dst, uint32_t first) co
 
     for (int64_t h = 0; h < dst->ne[1]; ++h) {
         for (size_t i = first; i < std::min<size_t>(is_merged.size(), first + dst->ne[0]); ++i) {
-            bias[h*dst->ne[0] + i - first] = is_merged[i] ? merged[l][h][i].bias : 0.0f;
+            bias[h*dst->ne[0] + i - first] = cell(i, l, h).bias;
         }
     }
 
@@ -862,7 +902,8 @@ kvmerge_status kvmerge_engine::lay_out(bool merged) {
         return kvmerge_error(KVMERGE_ERROR_STATE, "the model was loaded to be used: only one that was loaded without memory (no_alloc) is laid out");
     }
 
-    has_bias = merged;
+    has_bias    = merged;
+    is_per_head = merged;
     version++;
 
     lctx->sched_reserve_later();
@@ -1337,6 +1378,7 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
     }
 
     if (has_bias) {
+        is_per_head = true;
         for (size_t l = 0; l < layers.size(); ++l) {
             upload_bias(l);
         }

@@ -69,6 +69,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     kvmerge_status set_params(const kvmerge_params & params);
 
     kvmerge_status media_begin(int32_t modality);
+    kvmerge_status media_weights(const float * weights, int32_t n);
     kvmerge_status media_end();
 
     kvmerge_status merge(llama_seq_id seq_id, int32_t n_cells);
@@ -156,6 +157,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool  v_trans;              // V lies transposed (no flash attention)
     bool  is_attached = true;   // queries are observed
     bool  has_bias    = false;  // some cell has a bias: the graphs add it
+    bool  is_per_head = false;  // it may differ from head to head, as cells were merged
     int   version     = 0;      // goes up whenever graphs built before no longer fit
 
     uint32_t n_low = 0; // the first cell that all layers store: tokens come into it and those behind
@@ -286,6 +288,8 @@ private:
         bool    is_open  = false;
         bool    is_new   = false; // no token of it was seen yet
         uint8_t modality = KVMERGE_IMAGE;
+
+        std::vector<float> weights;  // of its tokens that were not seen yet, the next one last
     } media;
 
     struct {

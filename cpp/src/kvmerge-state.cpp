@@ -536,6 +536,9 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
         tokens[idx]    = cells_saved[i].token;
         is_merged[idx] = !cells_saved[i].merged.empty();
 
+        has_bias    = has_bias    || tokens[idx].bias != 0.0f;
+        is_per_head = is_per_head || is_merged[idx];
+
         for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
             for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
                 auto & dst = merged[l][h];

@@ -420,6 +420,12 @@ class Engine:
         finally:
             self._check(self._library.kvmerge_media_end(self._engine))
 
+    def media_weights(self, weights: npt.NDArray[np.float32]) -> None:
+        """Say how many tokens each of the next ones of a medium stands for, [n], 1 to 65536."""
+        weights = np.ascontiguousarray(weights, np.float32)
+        array = self._ffi.from_buffer("float[]", weights)
+        self._check(self._library.kvmerge_media_weights(self._engine, array, len(weights)))
+
     def merge(self, cells: int, sequence: int = 0) -> None:
         """Merge a sequence down to a number of cells."""
         self._check(self._library.kvmerge_merge(self._engine, sequence, cells))
