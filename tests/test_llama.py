@@ -233,6 +233,48 @@ def test_stats(llama: Factory) -> None:
     assert plain["flow"][0]["rho"] == 0.0, "one modality: nothing crosses"
 
 
+def decode(llm: kvmerge.Llama, tokens: list[int], position: int) -> None:
+    """Read tokens as a framework does that runs llama.cpp on the context by itself."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i] = token, position + i
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == len(tokens) - 1
+    assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+
+
+@pytest.mark.parametrize("merge", [None, "auto", "flowmm"])
+def test_stats_of_what_something_else_has_read(merge: str | None, llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge=merge, kv_budget=0.5)
+    right = llm.create_completion(TEXT, max_tokens=4, temperature=0)["choices"][0]["text"]
+    llm.reset()
+    assert llm.kv_stats().elsewhere == 0
+    decode(llm, [5] * 100, 0)
+    stats = llm.kv_stats()
+    assert (stats.tokens, stats.positions, stats.cells, stats.elsewhere) == (100, 100, 100, 100)
+    assert "elsewhere     100 tokens were not read through kvmerge" in str(stats)
+    # The next call answers its own question.
+    assert llm.create_completion(TEXT, max_tokens=4, temperature=0)["choices"][0]["text"] == right
+    seen = llm.kv_stats()
+    assert (seen.elsewhere, seen.tokens) == (0, llm.n_tokens)
+    decode(llm, [5] * 10, llm.n_tokens)
+    assert (llm.kv_stats().elsewhere, llm.kv_stats().cells) == (10, seen.cells + 10)
+    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 0, -1)
+    assert (llm.kv_stats().tokens, llm.kv_stats().cells) == (0, 0)
+    assert "were not removed by kvmerge" in str(llm.kv_stats())
+
+
+def test_a_cap_holds_for_what_something_else_reads(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="auto", kv_max_cells=512)
+    for at in range(0, 1024, 64):
+        decode(llm, list(range(64)), at)
+    stats = llm.kv_stats()
+    assert (stats.tokens, stats.elsewhere) == (1024, 1024)
+    assert stats.merges
+    assert stats.cells <= 512
+
+
 def test_stats_of_layers_that_differ(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="pyramid", kv_budget=0.4)
     llm.create_completion(TEXT, max_tokens=2)

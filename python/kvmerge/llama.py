@@ -1320,21 +1320,25 @@ class Llama(StockLlama):
         """Return what the cache holds: tokens seen, positions, cells, MiB, merges and flow."""
         self._check_open()
         engine, policy = self._engine, self._policy
+        self._note_merge()  # there may have been one while something else decoded, under a cap
+        elsewhere = self._read_elsewhere()
+        tokens, positions = self.n_tokens + elsewhere, self._position(self.n_tokens + elsewhere)
         cells, held = self._held()
         images = getattr(self.chat_handler, "image_cache", None)
         if engine is None or policy is None:
             per_cell = self._bytes_per_cell()
             return KVStats(
-                tokens=self.n_tokens,
-                positions=self._position(self.n_tokens),
-                cells=cells,
+                tokens=tokens,
+                positions=positions,
+                cells=tokens,
                 bytes_per_cell=per_cell,
-                mib=held / _MIB,
-                mib_full=self.n_tokens * per_cell / _MIB,
+                mib=tokens * per_cell / _MIB,
+                mib_full=tokens * per_cell / _MIB,
                 policy="none" if policy is None else str(policy),
                 budget=None if policy is None else self._budget.kept,
                 budget_of="tokens" if policy is None else policy.budget_of,
                 image_cache=None if images is None else images.stats(),
+                elsewhere=elsewhere,
             )
         per_cell = engine.stats().bytes_per_cell
         flow: list[LayerFlow] = []
@@ -1350,12 +1354,12 @@ class Llama(StockLlama):
                 index = engine.layer(i).index
                 flow.append(LayerFlow(index, rho, text_to_media, media_to_text, across))
         return KVStats(
-            tokens=self.n_tokens,
-            positions=self._position(self.n_tokens),
+            tokens=tokens,
+            positions=positions,
             cells=cells,
             bytes_per_cell=per_cell,
             mib=held / _MIB,
-            mib_full=self.n_tokens * per_cell / _MIB,
+            mib_full=tokens * per_cell / _MIB,
             policy=str(policy),
             budget=self._budget.kept,
             budget_of=policy.budget_of,
@@ -1364,6 +1368,21 @@ class Llama(StockLlama):
             flow=tuple(flow),
             layer_cells=tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers)),
             image_cache=None if images is None else images.stats(),
+            elsewhere=elsewhere,
+        )
+
+    def _read_elsewhere(self) -> int:
+        """Return the tokens that are in the cache and that no call of this class has read.
+
+        Below 0 where something else has removed some.
+        """
+        if self._engine is not None:
+            return self._engine.n_tokens() - self.n_tokens
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if memory is None:
+            return 0
+        return (
+            int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 - self._position(self.n_tokens)
         )
 
     def _bytes_per_cell(self) -> int:

@@ -92,6 +92,10 @@ class KVStats:
         unless there is a trace (``kv_trace=True``).
     layer_cells : tuple of int
         Cells that each merged layer holds.
+    elsewhere : int
+        Those of `tokens` that were not read through kvmerge, but by a framework that runs
+        llama.cpp on the same context by itself.  They are merged only under a cap, and the next
+        call that reads with the `Llama` removes them.  Below 0 where it removed tokens.
     image_cache : ImageCacheStats or None
         What became of the pictures that had to be read; None without an mmproj.  It says nothing of
         what the cache holds: two records that differ in it alone are equal.
@@ -110,6 +114,7 @@ class KVStats:
     last_merge_ms: float = 0.0
     flow: tuple[LayerFlow, ...] = ()
     layer_cells: tuple[int, ...] = ()
+    elsewhere: int = 0
     image_cache: ImageCacheStats | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +127,10 @@ class KVStats:
             f"positions       {self.positions}",
             f"cells held      {self.cells}",
         ]
+        if self.elsewhere > 0:
+            lines.append(f"  elsewhere     {self.elsewhere} tokens were not read through kvmerge")
+        elif self.elsewhere < 0:
+            lines.append(f"  elsewhere     {-self.elsewhere} tokens were not removed by kvmerge")
         if len(set(self.layer_cells)) > 1:
             lines.append(f"  a layer       {' '.join(map(str, self.layer_cells))}")
         if self.bytes_per_cell:
