@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-PROMPT, CELLS, GENERATED = 4096, 819, 32
+PROMPT, SHARE, GENERATED, LAYERS = 4096, 0.2, 32, 16
 
 
 def worker(model: str, tokens: int, cells: int, threads: int) -> None:
@@ -103,6 +103,8 @@ def main() -> None:
     """Print a table of speeds and ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=PROMPT, help="of the prompt")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the random model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "TOKENS", "CELLS"))
     args = parser.parse_args()
@@ -111,25 +113,29 @@ def main() -> None:
         worker(model, int(tokens), int(cells), args.threads)
         return
 
+    from needed_packages import STOCK, need
+
+    need("gguf", programs=STOCK)
     import gguf
 
     from random_model import Shape, write_random_model
     from stock_library import stock_libraries
 
     stock = stock_libraries()
+    tokens, cells = args.tokens, int(SHARE * args.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        shape = Shape(layers=16, heads=16, heads_kv=16, head_size=64, ffn=4096, vocab=4096)
+        shape = Shape(layers=args.layers, heads=16, heads_kv=16, head_size=64, ffn=4096, vocab=4096)
         model = write_random_model(
             Path(folder) / "random-0.27b.gguf",
             shape,
             quantization=gguf.GGMLQuantizationType.Q8_0,
         )
         workers = {
-            f"stock, {CELLS} tokens": Worker(model, CELLS, 0, args.threads, stock),
-            f"kvmerge, {PROMPT} tokens in {CELLS} cells": Worker(
-                model, PROMPT, CELLS, args.threads, None
+            f"stock, {cells} tokens": Worker(model, cells, 0, args.threads, stock),
+            f"kvmerge, {tokens} tokens in {cells} cells": Worker(
+                model, tokens, cells, args.threads, None
             ),
-            f"stock, {PROMPT} tokens": Worker(model, PROMPT, 0, args.threads, stock),
+            f"stock, {tokens} tokens": Worker(model, tokens, 0, args.threads, stock),
         }
         speeds: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(args.rounds):
@@ -137,7 +143,7 @@ def main() -> None:
                 speeds[name].append(one.tokens_per_second())
     names = list(workers)
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"0.27 B MHA, 16 layers x 16 heads of 64, Q8_0, {args.threads} threads,")
+    print(f"0.27 B MHA, {args.layers} layers x 16 heads of 64, Q8_0, {args.threads} threads,")
     print(f"median of {args.rounds} rounds in turns\n")
     print("| | tokens/s | ratio to stock at the same depth |")
     print("| --- | ---: | ---: |")
@@ -145,7 +151,7 @@ def main() -> None:
         print(f"| {name} | {median[name]:.1f} | {median[name] / median[names[0]]:.2f} |")
     merged = workers[names[1]].prepared
     print(
-        f"\nReading {PROMPT} tokens took {merged['read']:.2f} s, merging {merged['merge']:.2f} s "
+        f"\nReading {tokens} tokens took {merged['read']:.2f} s, merging {merged['merge']:.2f} s "
         f"({merged['merge'] / merged['read']:.1%}): score {merged['score']:.2f}, "
         f"match {merged['match']:.2f}, fold {merged['fold']:.2f} s."
     )

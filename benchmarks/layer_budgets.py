@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
 
+    from needed_packages import need
+
+    need("gguf")
     import numpy as np
 
     from kvmerge.policies import PRESETS

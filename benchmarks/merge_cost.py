@@ -25,13 +25,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import gguf
-
 from kvmerge.policies import PRESETS, FlowMM, Policy
-from random_model import Shape, write_random_model
 from session import Session, llama_cpp
 
-PROMPT, BATCH, BUDGET = 4096, 512, 0.2
+PROMPT, BATCH, BUDGET, LAYERS = 4096, 512, 0.2, 16
 STEPS = ("score", "match", "fold")
 
 
@@ -47,22 +44,22 @@ def policies() -> dict[str, Policy]:
 class Prompt:
     """A context that holds the prompt; ``read`` is the time that it took."""
 
-    def __init__(self, model: Path, policy: Policy | None, threads: int) -> None:
+    def __init__(self, model: Path, policy: Policy | None, n_tokens: int, threads: int) -> None:
         self.session = Session(
-            model, merge=policy.engine_params() if policy else None, n_ctx=PROMPT, n_batch=BATCH,
+            model, merge=policy.engine_params() if policy else None, n_ctx=n_tokens, n_batch=BATCH,
             threads=threads,
         )  # fmt: skip
         engine = self.session.engine
         if engine:
             engine.keep_plans(False)
         rng = np.random.default_rng(5)
-        tokens = rng.integers(0, self.session.n_vocab, PROMPT).tolist()
+        tokens = rng.integers(0, self.session.n_vocab, n_tokens).tolist()
         picture = rng.standard_normal((BATCH, self.session.n_embd)).astype(np.float32)
         self.session.decode(tokens[:8])  # the first graph takes longer
         self.session.remove(-1, -1)
         self.session.position = 0
         start = time.perf_counter()
-        for i in range(0, PROMPT, 2 * BATCH):
+        for i in range(0, n_tokens, 2 * BATCH):
             self.session.decode(tokens[i : i + BATCH])
             with engine.media("image") if engine else nullcontext():
                 self.session.decode(embeddings=picture)
@@ -89,13 +86,13 @@ class Prompt:
         read = llama_cpp.llama_state_seq_set_data(self.session.context, data, len(data), 0)
         assert read == len(data)
         engine.set_params(policy.engine_params())
-        engine.merge(round(PROMPT * BUDGET))
+        engine.merge(round(engine.n_tokens() * BUDGET))
         stats = engine.stats()
         return {step: getattr(stats, f"t_{step}_us") / 1e3 for step in STEPS}
 
 
 def measure(
-    model: Path, chosen: dict[str, Policy], rounds: int, threads: int
+    model: Path, chosen: dict[str, Policy], n_tokens: int, rounds: int, threads: int
 ) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
     """Return medians: reading with merging off, with each kind of score, and steps of presets."""
     off: list[float] = []
@@ -103,13 +100,13 @@ def measure(
     steps: dict[str, list[dict[str, float]]] = defaultdict(list)
     scores = [("proxy", "position"), ("all",)]
     for _ in range(rounds):
-        with Prompt(model, None, threads) as prompt:
+        with Prompt(model, None, n_tokens, threads) as prompt:
             off.append(prompt.read)
         for kinds in scores:
             group = {name: p for name, p in chosen.items() if p.score in kinds}
             if not group:
                 continue
-            with Prompt(model, next(iter(group.values())), threads) as prompt:
+            with Prompt(model, next(iter(group.values())), n_tokens, threads) as prompt:
                 reads[kinds[0]].append(prompt.read)
                 data = prompt.save()
                 for name, policy in group.items():
@@ -129,6 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("presets", nargs="*", help="some of the presets; default: all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=PROMPT, help=f"a multiple of {2 * BATCH}")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the random model")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     known = policies()
@@ -137,17 +136,28 @@ def main() -> None:
             parser.error(f"{name!r} is not one of {', '.join(known)}")
     chosen = {name: p for name, p in known.items() if not args.presets or name in args.presets}
 
-    shape = Shape(layers=16, heads=16, heads_kv=16, head_size=64, ffn=4096, vocab=4096)
+    if args.tokens < 1 or args.tokens % (2 * BATCH):
+        parser.error(f"--tokens must be a multiple of {2 * BATCH}")
+
+    from needed_packages import need
+
+    need("gguf")
+    import gguf
+
+    from random_model import Shape, write_random_model
+
+    shape = Shape(layers=args.layers, heads=16, heads_kv=16, head_size=64, ffn=4096, vocab=4096)
     with tempfile.TemporaryDirectory() as folder:
         model = write_random_model(
             Path(folder) / "random-0.27b.gguf",
             shape,
             quantization=gguf.GGMLQuantizationType.Q8_0,
         )
-        off, reads, steps = measure(model, chosen, args.rounds, args.threads)
+        off, reads, steps = measure(model, chosen, args.tokens, args.rounds, args.threads)
 
-    print(f"0.27 B MHA, 16 layers x 16 heads of 64, Q8_0, {args.threads} threads, {PROMPT} tokens")
-    print(f"of text and pictures kept to {BUDGET:.0%}, median of {args.rounds} rounds\n")
+    print(f"0.27 B MHA, {args.layers} layers x 16 heads of 64, Q8_0, {args.threads} threads,")
+    print(f"{args.tokens} tokens of text and pictures kept to {BUDGET:.0%}, median of")
+    print(f"{args.rounds} rounds\n")
     print(f"Reading with merging off: {off * 1e3:.0f} ms\n")
     for kind, read in reads.items():
         what = "all queries" if kind == "all" else "the last queries"

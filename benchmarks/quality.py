@@ -23,11 +23,13 @@ OTHERS = "--questions 200 --methods full,mosaic,mosaic/evict,flowmm"
 OTHER_PROMPTS = (f"--pictures 2,24 {OTHERS}", f"--pictures 12 --distractors 400 {OTHERS}")
 RUNS = (KNOWN, UNKNOWN, *OTHER_PROMPTS)
 """Options of ``kvmerge eval``; all write into one folder."""
+QUICK = ("--pictures 2 --questions 2 --methods full,auto",)
 
 
 def main() -> int:
     """Run all and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two questions, two methods")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--out", type=Path, default=Path("kvmerge-eval"), help="folder of answers")
     parser.add_argument(
@@ -35,7 +37,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     evaluate = [sys.executable, "-m", "kvmerge", "eval", "--out", str(arguments.out)]
-    for options in RUNS:
+    for options in QUICK if arguments.quick else RUNS:
         subprocess.run([*evaluate, *options.split(), "--jobs", str(arguments.jobs)], check=True)
     pages = [word for page in arguments.update for word in ("--update", str(page))]
     return subprocess.run([*evaluate, "--report-only", *pages], check=True).returncode

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -353,7 +354,9 @@ TARGETS: dict[str, Callable[[Path], Files | States]] = {
 
 def work(kind: str, seeds: range, folder: Path) -> None:
     """Load damaged states of one kind; print a line before each and after all."""
-    sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "tests")]
+    if importlib.util.find_spec("kvmerge") is None:
+        sys.path.append(str(ROOT / "python"))  # built here, and not installed
     limit = faulthandler.dump_traceback_later
     limit(5 * SECONDS, exit=True)
     import kvmerge  # noqa: F401  (loads the libraries)
@@ -455,8 +458,13 @@ def main() -> None:
         start, stop = map(int, args.span.split(":"))
         work(args.worker, range(start, stop), args.folder)
         return
+    sys.path[:0] = [str(ROOT / "tests")]
+    from needed_packages import STOCK, need
+
+    is_built = args.no_build or args.libraries
+    need("gguf", programs=() if is_built else STOCK)
     libraries = args.libraries or args.build / "lib"
-    if not (args.no_build or args.libraries):
+    if not is_built:
         libraries = build(args.build, args.jobs)
     variables = environment(libraries.resolve(), not args.plain)
     kinds = [args.kind] if args.kind else list(TARGETS)

@@ -69,8 +69,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     args = parser.parse_args()
 
-    if missing := [name for name in IMPORTED if not importlib.util.find_spec(name)]:
-        parser.error(f"the tests need {', '.join(missing)}: pip install {' '.join(missing)}")
+    sys.path[:0] = [str(ROOT / "tests")]
+    from needed_packages import need
+
+    need(*IMPORTED, programs=("cmake",))
 
     bin_folder = build(args.build, args.jobs)
     models = args.build / "models"
@@ -82,7 +84,9 @@ def main() -> None:
     run(bin_folder / TESTS[2], "-m", pocket, cwd=bin_folder)
 
     python_tests = unpack_python_tests(args.build)
-    package = ROOT / "python" / "kvmerge"
+    found = importlib.util.find_spec("kvmerge")
+    assert found is not None and found.origin is not None
+    package = Path(found.origin).parent  # installed, or the tree itself
     library = str(package / "lib")
     paths = [str(package / "_vendor"), os.environ.get("PYTHONPATH", "")]
     skipped = " and ".join(f"not {part}" for part in NEED_DOWNLOAD)
