@@ -223,9 +223,6 @@ def models_in_the_hand(models: list[Path]) -> list[str]:
 
 def made_models(quick: bool) -> list[str]:
     """Compare random models and the one in the package; return what is beyond the limit."""
-    from needed_packages import need
-
-    need("gguf")
     from PIL import Image
 
     from kvmerge import pocket
@@ -280,6 +277,10 @@ def main() -> None:
             print(json.dumps(measure_random(model, cache, *(flag == "True" for flag in flags))))
         return
 
+    if not args.models:
+        from needed_packages import need
+
+        need("gguf")
     print("| configuration | MiB of | predicted | measured | error |")
     print("| --- | --- | ---: | ---: | ---: |")
     beyond = models_in_the_hand(args.models) if args.models else made_models(args.quick)
