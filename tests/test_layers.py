@@ -145,7 +145,6 @@ def test_saved_states_answer_the_same(
         start(model, name, **options) as second,
         start(model, name, elastic=False, **options) as fixed,
     ):
-        per_cell = sizes(first)[0] / first.engine.size()
         read(second, 3)
         second.engine.merge(200)
         for session in (first, fixed):
@@ -153,7 +152,8 @@ def test_saved_states_answer_the_same(
             session.engine.merge(300)
             session.decode(words(20))
         saved = first.save(whole=whole)
-        assert len(saved) < len(fixed.save(whole=whole)) - STEP * per_cell
+        # What a layer does not hold is left out, whether it is stored or not.
+        assert len(saved) == len(fixed.save(whole=whole))
         for session in (second, fixed):
             assert session.restore(saved, whole=whole)
             session.position = first.position

@@ -252,6 +252,8 @@ private:
 
     // cells of a sequence, or of all, in the order in which llama_kv_cache writes them
     std::vector<uint32_t> saved_cells(llama_seq_id seq_id) const;
+    uint32_t              count_unheld(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) const;
+    std::vector<int32_t>  saved_slots(llama_seq_id seq_id) const; // of the observed queries
 
     // the sequence is gone
     void forget(llama_seq_id seq_id);

@@ -2,11 +2,12 @@
 // queries.
 //
 // It lies around the cells of llama_kv_cache in the same stream, and only when an engine is attached: without one the
-// format is llama.cpp's own. In front stands how many of the cells each layer does not store; their K and V are left out.
+// format is llama.cpp's own. In front stands of how many of the cells each layer holds nothing; their K and V are left out.
 
 #include "kvmerge-state.h"
 
 #include "kvmerge-engine.h"
+#include "kvmerge-score.h"
 
 #include "llama-io.h"
 #include "llama-kv-cache.h"
@@ -18,7 +19,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 5;
+static constexpr uint32_t STATE_VERSION = 7;
 
 // of tokens, positions and segments: beyond any context, and they can still be counted on
 static constexpr int32_t MAX_COUNT = 1 << 30;
@@ -44,11 +45,6 @@ static T read(llama_io_read_i & io) {
 //
 // K and V of the cells that a layer stores
 //
-
-// Saved cells that each layer does not store: the first ones, and only of the sequence that holds the first cells.
-static uint32_t count_unstored(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) {
-    return std::count_if(cells.begin(), cells.end(), [&](uint32_t idx) { return idx < layer.first; });
-}
 
 // llama_kv_cache writes and reads K and V of a layer in runs of cells; where V lies transposed, once for every channel. Of
 // each pass over the cells the first ones are left out.
@@ -153,6 +149,18 @@ std::vector<uint32_t> kvmerge_engine::saved_cells(llama_seq_id seq_id) const {
     return res;
 }
 
+// Saved cells of which a layer holds nothing: the first ones. It stores all but some of them.
+uint32_t kvmerge_engine::count_unheld(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) const {
+    const auto & heads = merged[&layer - layers.data()];
+
+    const auto it = std::find_if_not(cells.begin(), cells.end(), [&](uint32_t idx) {
+        return idx < layer.first || (is_merged[idx] && std::all_of(heads.begin(), heads.end(),
+                [&](const auto & head) { return kvmerge_is_empty(head[idx]); }));
+    });
+
+    return it - cells.begin();
+}
+
 std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i & io, llama_seq_id seq_id) const {
     const auto cells = saved_cells(seq_id);
 
@@ -162,7 +170,7 @@ std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i &
 
     std::vector<uint32_t> n_out;
     for (const auto & layer : layers) {
-        n_out.push_back(count_unstored(layer, cells));
+        n_out.push_back(count_unheld(layer, cells));
         write(io, n_out.back());
     }
 
@@ -227,6 +235,44 @@ static kvmerge_cell read_cell(llama_io_read_i & io) {
     cell.modality = modality;
 
     return cell;
+}
+
+// One after the other, of a layer and head. Most cells are the next token of the one before, and layers that store fewer
+// cells than others have a row of empty ones: what each cell takes counts, since there is one for every layer and head.
+enum : uint8_t { CELL_WRITTEN, CELL_NEXT, CELL_SAME };
+
+static kvmerge_cell next_cell(kvmerge_cell cell) {
+    cell.order++;
+    cell.mass = 1;
+    cell.bias = 0;
+
+    return cell;
+}
+
+static bool is_same(const kvmerge_cell & a, const kvmerge_cell & b) {
+    return a.order == b.order && a.mass == b.mass && a.bias == b.bias && a.segment == b.segment && a.modality == b.modality;
+}
+
+static void write_cell_after(llama_io_write_i & io, const kvmerge_cell & cell, const kvmerge_cell & last) {
+    const uint8_t how = is_same(cell, next_cell(last)) ? CELL_NEXT : is_same(cell, last) ? CELL_SAME : CELL_WRITTEN;
+
+    write(io, how);
+    if (how == CELL_WRITTEN) {
+        write_cell(io, cell);
+    }
+}
+
+static kvmerge_cell read_cell_after(llama_io_read_i & io, const kvmerge_cell & last) {
+    switch (read<uint8_t>(io)) {
+        case CELL_WRITTEN: return read_cell(io);
+        case CELL_SAME:    return last;
+        case CELL_NEXT:
+            if (is_count(last.order + 1ll)) {
+                return next_cell(last);
+            }
+    }
+
+    refuse("a cell is damaged");
 }
 
 //
@@ -316,6 +362,37 @@ void kvmerge_engine::on_restore(llama_seq_id seq_id, uint32_t n_cells) {
 // the engine's part
 //
 
+// Only the rows that a merge would use, and only as many as fit: a saved state stays smaller than the full cache would be.
+// They may take half of what merging has saved, and an eighth of the cells of a sequence that was not merged.
+std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
+    const auto & seq = sequences[seq_id];
+
+    const auto window  = observer.window (seq_id, seq.n_seen);
+    const auto samples = measures_flow() || kvmerge_needs_logits(params) ? observer.samples(seq_id, seq.n_seen) : std::vector<int32_t> {};
+
+    const auto cells = saved_cells(seq_id);
+
+    int64_t row  = 0;
+    int64_t held = 0;
+    for (const auto & layer : layers) {
+        row  += layer.q->nb[1];
+        held += (cells.size() - count_unheld(layer, cells))*bytes_per_cell(layer);
+    }
+
+    const int64_t full  = seq.n_seen*stats.bytes_per_cell;
+    const int64_t n_max = std::max<int64_t>(1, (full > held ? (full - held)/2 : held/8)/row);
+
+    const int64_t n_samples = std::min<int64_t>(samples.size(), std::max<int64_t>(n_max/4, n_max - (int64_t) window.size()));
+    const int64_t n_window  = std::min<int64_t>(window.size(), n_max - n_samples);
+
+    std::vector<int32_t> res(window.end() - n_window, window.end());
+    for (int64_t i = 0; i < n_samples; ++i) {
+        res.push_back(samples[i*samples.size()/n_samples]);
+    }
+
+    return res;
+}
+
 void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
     const auto cells = saved_cells(seq_id);
 
@@ -338,16 +415,23 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
     for (uint32_t idx : cells) {
         write_cell(io, tokens[idx]);
         write(io, is_merged[idx]);
+    }
 
-        for (size_t l = 0; is_merged[idx] && l < layers.size(); ++l) {
-            for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
-                write_cell(io, merged[l][h][idx]);
+    for (size_t l = 0; l < layers.size(); ++l) {
+        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            kvmerge_cell last;
+
+            for (uint32_t idx : cells) {
+                if (is_merged[idx]) {
+                    write_cell_after(io, merged[l][h][idx], last);
+                    last = merged[l][h][idx];
+                }
             }
         }
     }
 
     for (const auto & layer : layers) {
-        const uint32_t n_out = count_unstored(layer, cells);
+        const uint32_t n_out = count_unheld(layer, cells);
 
         for (int32_t h = 0; layer.sum && h < layer.n_head_kv; ++h) {
             for (size_t i = n_out; i < cells.size(); ++i) {
@@ -372,11 +456,7 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
             write(io, observer.count(s, m));
         }
 
-        // only the rows that a merge would use
-        auto slots = observer.window(s, cur.n_seen);
-        for (int32_t slot : observer.samples(s, cur.n_seen)) {
-            slots.push_back(slot);
-        }
+        const auto slots = saved_slots(s);
 
         write(io, (uint32_t) slots.size());
         for (int32_t slot : slots) {
@@ -446,15 +526,24 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
         if (cell.token.order < 0 || is_merged_saved > 1) {
             refuse("a cell is damaged");
         }
-
-        for (size_t l = 0; is_merged_saved && l < layers.size(); ++l) {
-            cell.merged.emplace_back();
-            for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
-                cell.merged[l].push_back(read_cell(io));
-            }
+        if (is_merged_saved) {
+            cell.merged.resize(layers.size());
         }
 
         cells_saved.push_back(std::move(cell));
+    }
+
+    for (size_t l = 0; l < layers.size(); ++l) {
+        for (int32_t h = 0; h < layers[l].n_head_kv; ++h) {
+            kvmerge_cell last;
+
+            for (auto & cell : cells_saved) {
+                if (!cell.merged.empty()) {
+                    last = read_cell_after(io, last);
+                    cell.merged[l].push_back(last);
+                }
+            }
+        }
     }
 
     for (size_t l = 0; l < layers.size(); ++l) {

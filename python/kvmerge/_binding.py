@@ -270,13 +270,13 @@ class Engine:
 
     def __init__(self, context: int, params: Mapping[str, Any]) -> None:
         self._ffi, self._library, _ = _native()
+        self._planner: Any = None
+        self._problem: Exception | None = None
         out = self._ffi.new("struct kvmerge_engine **")
         pointer = self._ffi.cast("struct llama_context *", context)
         native = self._params(params)
         self._check(self._library.kvmerge_attach(pointer, native, out))
         self._engine = out[0]
-        self._planner: Any = None
-        self._problem: Exception | None = None
 
     def _params(self, params: Mapping[str, Any]) -> Any:
         native = self._ffi.new("struct kvmerge_params *", self._library.kvmerge_params_default())
