@@ -45,7 +45,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 10
+#define KVMERGE_API_VERSION 11
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import secrets
 import weakref
@@ -33,6 +34,7 @@ from . import _backends
 from ._binding import trim
 from ._library import LLAMA_CPP_PYTHON
 from .continuation import Continuation
+from .embedding_batch import decode_embeddings, picture_positions
 from .errors import (
     DecodeError,
     MediaError,
@@ -43,15 +45,20 @@ from .errors import (
 )
 from .gguf_file import check_gguf, sha256_of
 from .image_cache import Encoded, ImageCache
+from .image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
 from .media import MediaPart, find_media
 from .native_log import caught
 from .picture import PictureError, is_jpeg_as_it_is
 from .progress import Meter
+from .projector_size import DryProjector
 from .prompt import Prompt, Segment, placeholder_ids
 from .template import ChatTemplate
 
 if TYPE_CHECKING:
     from .llama import Llama
+
+
+log = logging.getLogger("kvmerge")
 
 
 @dataclass
@@ -63,10 +70,14 @@ class _Chunk:
     digest: str
     modality: str
     n_tokens: int
+    n_encoded: int
+    """Tokens that the encoder makes of it, of which fewer may be read."""
     picture: str
     """SHA-256 of the file's bytes, in hex."""
     number: int
     """Which of the slices of the picture it is."""
+    merged: MergedTokens | None = None
+    """What is read, where it was merged already."""
 
     @property
     def pointer(self) -> Any:
@@ -125,8 +136,10 @@ class _Chunks:
         parts: list[MediaPart],
         digests: list[str],
         empty: set[str],
+        is_read: bool,
     ) -> None:
         self.handler = handler
+        self._is_read = is_read
         self._text = text
         self._parts = parts
         self._digests = digests
@@ -207,31 +220,34 @@ class _Chunks:
         shown = Counter(digest.encode() for digest in self._digests)
         n_slices = {bitmap_id: ids.count(bitmap_id) // n for bitmap_id, n in shown.items()}
         slices: dict[bytes, int] = {}
-        return [self._segment(i, slices, n_slices) for i in range(n)]
+        pieces = [self._piece(i, slices, n_slices) for i in range(n)]
+        self.handler.settle([p for p in pieces if isinstance(p, _Chunk)], self._is_read)
+        return [
+            Segment(placeholder_ids(piece.digest, piece.n_tokens), piece)
+            if isinstance(piece, _Chunk)
+            else Segment(piece)
+            for piece in pieces
+        ]
 
-    def _segment(
+    def _piece(
         self, index: int, slices: dict[bytes, int], n_slices: Mapping[bytes, int]
-    ) -> Segment:
+    ) -> list[int] | _Chunk:
         chunk = self.chunk(index)
         kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
         if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
             count = ctypes.c_size_t()
             tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-            return Segment([tokens[i] for i in range(count.value)])
+            return [tokens[i] for i in range(count.value)]
         n_tokens = int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
         bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(chunk) or b""
         # All slices have the id of the picture, each is another input.
         number = slices.get(bitmap_id, 0)
         slices[bitmap_id] = number + 1
-        digest = _digest_of_slice(bitmap_id, number)
+        digest = self.handler.digest_of_slice(bitmap_id.decode(), number)
         modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
         number %= n_slices[bitmap_id]
-        media = _Chunk(self, index, digest, modality, n_tokens, bitmap_id.decode(), number)
-        return Segment(placeholder_ids(digest, n_tokens), media)
-
-
-def _digest_of_slice(digest: bytes, number: int) -> str:
-    return hashlib.sha256(digest + b"/%d" % number).hexdigest()
+        picture = bitmap_id.decode()
+        return _Chunk(self, index, digest, modality, n_tokens, n_tokens, picture, number)
 
 
 class _ReadAlready:
@@ -265,6 +281,8 @@ class ChatHandler(MTMDChatHandler):
         Bounds on the tokens of a picture, for models whose pictures vary in size.
     image_cache : ImageCache, optional
         Where what was encoded is kept.
+    image_merge : ImageMerge, optional
+        How the tokens of a picture are merged before they are read.
     """
 
     def __init__(
@@ -273,6 +291,7 @@ class ChatHandler(MTMDChatHandler):
         image_min_tokens: int | None = None,
         image_max_tokens: int | None = None,
         image_cache: ImageCache | None = None,
+        image_merge: ImageMerge | None = None,
     ) -> None:
         file = check_gguf(mmproj, "mmproj", ProjectorError)
         for name, value in (
@@ -286,6 +305,10 @@ class ChatHandler(MTMDChatHandler):
         super().__init__(os.fspath(file), verbose=False)
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self.image_cache = ImageCache(None) if image_cache is None else image_cache
+        self.image_merge = image_merge
+        self.merge_counts = ImageMergeCounts()
+        # Of pictures that were merged: the tokens that are read.
+        self._n_merged: dict[str, int] = {}
         # At the end of the interpreter the modules may be gone before this.
         self._mtmd_free = mtmd_cpp.mtmd_free
         # A marker that no message can contain by chance or on purpose.
@@ -337,7 +360,19 @@ class ChatHandler(MTMDChatHandler):
         self.mtmd_ctx = context
         llama_model._stack.callback(self._free)
         n_embd = int(llama_cpp.llama_model_n_embd_inp(llama_model.model))
+        if self.image_merge is not None:
+            self._check_merge()
         self.image_cache.set_origin(partial(_origin, Path(self.clip_model_path), params, n_embd))
+
+    def _check_merge(self) -> None:
+        """Read pictures whole, and say so, where it is not known how to merge them."""
+        reason = reason_to_read_whole(
+            DryProjector(self.clip_model_path).kind,
+            bool(mtmd_cpp.mtmd_decode_use_non_causal(self.mtmd_ctx, None)),
+        )
+        if reason is not None:
+            log.warning("image_merge= is left aside, pictures are read whole: %s", reason)
+            self.image_merge = None
 
     def _free(self) -> None:
         context, self.mtmd_ctx = self.mtmd_ctx, None
@@ -441,7 +476,7 @@ class ChatHandler(MTMDChatHandler):
         if part.url is not None:
             source: Any = part.url
             digest = self._digests.get(source)
-            if digest is not None and _digest_of_slice(digest.encode(), 0) in cached:
+            if digest is not None and self.digest_of_slice(digest, 0) in cached:
                 return digest
         elif part.file is not None:
             try:
@@ -492,7 +527,7 @@ class ChatHandler(MTMDChatHandler):
                 for digest, part in zip(digests, parts, strict=True)
                 if (
                     self._sizes.get(digest, ("",))[0] == part.modality
-                    and (not is_read or _digest_of_slice(digest.encode(), 0) in cached)
+                    and (not is_read or self.digest_of_slice(digest, 0) in cached)
                 )
                 or self._kept(digest, part) is not None
             }
@@ -504,9 +539,52 @@ class ChatHandler(MTMDChatHandler):
             if parts:
                 # The media are gone by then, and may have been large.
                 stack.callback(trim)
-            chunks = _Chunks(self, text.encode("utf-8"), parts, digests, empty)
+            chunks = _Chunks(self, text.encode("utf-8"), parts, digests, empty, is_read)
             stack.callback(chunks.close)
             yield Prompt(chunks.segments())
+
+    # Merging.
+
+    def digest_of_slice(self, picture: str, number: int) -> str:
+        """Return what tells a slice of a picture from others, and from itself merged otherwise."""
+        name = f"{picture}/{number}"
+        if self.image_merge is not None:
+            name += f"/{self.image_merge}"
+        return hashlib.sha256(name.encode()).hexdigest()
+
+    def settle(self, media: list[_Chunk], is_read: bool) -> None:
+        """Note how many tokens of each picture are read, for which it is encoded and merged.
+
+        It need not be where it is in the cache, or where nothing is to be read: then what is not
+        known is the most it can be.
+        """
+        llama = None if self._llama is None else self._llama()
+        if self.image_merge is None or llama is None:
+            return
+        known = {span.digest: span.end - span.start for span in llama.media_spans}
+        unknown = []
+        for chunk in media:
+            n_tokens = known.get(chunk.digest, self._n_merged.get(chunk.digest))
+            if n_tokens is not None:
+                chunk.n_tokens = n_tokens
+            elif chunk.modality == "image":
+                unknown.append(chunk)
+        if not is_read or not unknown:
+            return
+        with llama.reporting(sum(chunk.n_tokens for chunk in unknown), unknown) as meter:
+            for chunk in unknown:
+                if meter is not None:
+                    meter.begin(chunk)
+                chunk.merged = self._merged(chunk)
+                if meter is not None:
+                    meter.encoded(chunk)
+                chunk.n_tokens = len(chunk.merged.kept)
+
+    def _merged(self, chunk: _Chunk) -> MergedTokens:
+        assert self.image_merge is not None
+        merged = self.image_merge(self._encoded(chunk))
+        _note(self._n_merged, chunk.digest, len(merged.kept))
+        return merged
 
     # Reading.
 
@@ -518,6 +596,8 @@ class ChatHandler(MTMDChatHandler):
         meter = llama._meter
         if meter is not None:
             meter.begin(chunk)
+        if self.image_merge is not None and chunk.modality == "image":
+            return self._decode_merged(llama, chunk, position)
         embeddings = self._encoded(chunk)
         if meter is not None:
             meter.encoded(chunk)
@@ -548,18 +628,39 @@ class ChatHandler(MTMDChatHandler):
             )
         told.check()
         if status != 0:
-            if llama.engine is not None:
-                llama.engine.raise_problem()
-            raise DecodeError(
-                f"a {chunk.modality} of {chunk.n_tokens} tokens could not be read at position "
-                f"{position}: {errors.reason or f'status {status}'}"
-            )
+            raise _unread(llama, chunk, position, errors.reason or f"status {status}")
         return int(after.value)
+
+    def _decode_merged(self, llama: Llama, chunk: _Chunk, position: int) -> int:
+        """Read what is left of the tokens of a picture; return the position after it."""
+        merged, chunk.merged = chunk.merged, None
+        if merged is None:
+            merged = self._merged(chunk)
+        if len(merged.kept) != chunk.n_tokens:
+            raise _Changed(f"a picture has {len(merged.kept)} tokens, not {chunk.n_tokens}")
+        meter = llama._meter
+        if meter is not None:
+            meter.encoded(chunk)
+        if llama.engine is not None:
+            llama.engine.media_weights(merged.weights)
+        positions, after = picture_positions(self.mtmd_ctx, chunk.pointer, position, merged.kept)
+        with caught() as errors:
+            status = decode_embeddings(
+                llama.ctx,
+                merged.embeddings,
+                positions,
+                llama.n_batch,
+                None if meter is None else meter.read,
+            )
+        if status != 0:
+            raise _unread(llama, chunk, position, errors.reason or f"status {status}")
+        self.merge_counts.add(chunk.n_encoded, chunk.n_tokens)
+        return after
 
     def _encoded(self, chunk: _Chunk) -> npt.NDArray[np.float32]:
         """Return the embeddings of a medium, [n_tokens, n_embd]: kept ones, or new ones."""
         name = (chunk.picture, chunk.number)
-        kept = self.image_cache.get(name, chunk.n_tokens)
+        kept = self.image_cache.get(name, chunk.n_encoded)
         if kept is not None:
             return kept
         pointer = chunk.filled
@@ -567,12 +668,12 @@ class ChatHandler(MTMDChatHandler):
             status = mtmd_cpp.mtmd_encode_chunk(self.mtmd_ctx, pointer)
         if status != 0:
             raise DecodeError(
-                f"a {chunk.modality} of {chunk.n_tokens} tokens could not be encoded: "
+                f"a {chunk.modality} of {chunk.n_encoded} tokens could not be encoded: "
                 f"{errors.reason or f'status {status}'}"
             )
         llama = None if self._llama is None else self._llama()
         assert llama is not None
-        shape = chunk.n_tokens, int(llama_cpp.llama_model_n_embd_inp(llama.model))
+        shape = chunk.n_encoded, int(llama_cpp.llama_model_n_embd_inp(llama.model))
         values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.mtmd_ctx), shape)
         embeddings = values.copy()  # The next picture is encoded to the same place.
         _, size = self._sizes[chunk.picture]
@@ -610,6 +711,16 @@ class ChatHandler(MTMDChatHandler):
             messages=messages,
             **{name: options[name] for name in _TOOL_OPTIONS + _ANSWER_OPTIONS if name in options},
         )
+
+
+def _unread(llama: Llama, chunk: _Chunk, position: int, reason: str) -> DecodeError:
+    """Return why a medium was not read, or raise what the engine's planner has raised."""
+    if llama.engine is not None:
+        llama.engine.raise_problem()
+    return DecodeError(
+        f"a {chunk.modality} of {chunk.n_tokens} tokens could not be read at position {position}: "
+        f"{reason}"
+    )
 
 
 def _origin(mmproj: Path, params: Any, n_embd: int) -> dict[str, Any]:

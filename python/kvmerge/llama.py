@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -33,17 +33,19 @@ from .errors import (
     OptionError,
     OutOfMemoryError,
     StateError,
+    StoppedError,
     UnknownOptionError,
     UnsupportedError,
     did_you_mean,
 )
 from .forks import check_threads
 from .gguf_file import check_gguf
+from .image_merge import ImageMerge
 from .messages import check_messages, check_text
 from .native_log import caught, set_verbose
 from .policies import Policy, resolve
 from .progress import Meter, Report, report_of
-from .prompt import MediaSpan, Prompt
+from .prompt import Media, MediaSpan, Prompt
 from .prompt_tokens import PromptTokens
 from .sampling import Processors, bias
 from .stats import KVStats, LayerFlow, MergeRecord
@@ -81,7 +83,7 @@ _PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
 _OUR_OPTIONS = frozenset(
     {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
     | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
-    | {"media_access", "image_cache", "image_cache_dir", "progress"}
+    | {"media_access", "image_cache", "image_cache_dir", "image_merge", "progress"}
 )
 _N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
 _FORGOTTEN_OPTIONS = frozenset(
@@ -208,6 +210,10 @@ class Llama(StockLlama):
         none.
     image_cache_dir : path, optional
         Folder in which they are kept as well, for later and for other processes.
+    image_merge : float or bool, optional
+        Cosine from which tokens of a picture are alike, and are made one before the language model
+        reads them; True for the default of `kvmerge.image_merge`.  No picture is left with fewer
+        than `image_min_tokens`.  None reads all.
     progress : bool or callable, optional
         Something that is called with a `kvmerge.progress.ReadingProgress` while a prompt is read,
         and stops it with a `StoppedError` by returning False; True for a bar on standard error.
@@ -249,6 +255,7 @@ class Llama(StockLlama):
         media_access: MediaAccess | None = None,
         image_cache: int | str | None = "256MiB",
         image_cache_dir: str | os.PathLike[str] | None = None,
+        image_merge: float | bool | None = None,
         progress: bool | Report | None = None,
         **options: Any,
     ) -> None:
@@ -270,6 +277,7 @@ class Llama(StockLlama):
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self._access = _media_access(media_access)
         self._image_cache = (image_cache, image_cache_dir)
+        self._image_merge = image_merge
         self._progress = progress
         self._report = report_of(progress, bool(options.get("verbose", True)))
         self._meter: Meter | None = None
@@ -416,6 +424,8 @@ class Llama(StockLlama):
             )
         if mmproj is None and self._image_tokens != (None, None):
             raise OptionError("image_min_tokens= and image_max_tokens= need mmproj=")
+        if mmproj is None and ImageMerge.of(self._image_merge) is not None:
+            raise OptionError("image_merge= needs mmproj=")
         if mmproj is None and self._image_cache[1] is not None:
             raise OptionError("image_cache_dir= needs mmproj=")
         if merging and hasattr(handler, "clip_model_path"):
@@ -439,7 +449,12 @@ class Llama(StockLlama):
             return None
         from .chat import ChatHandler
 
-        return ChatHandler(mmproj, *self._image_tokens, ImageCache(*self._image_cache))
+        return ChatHandler(
+            mmproj,
+            *self._image_tokens,
+            ImageCache(*self._image_cache),
+            ImageMerge.of(self._image_merge, self._image_tokens[0]),
+        )
 
     def _fit_batches(self, path: Path, mmproj: Any, options: dict[str, Any]) -> None:
         """Make batches large enough for pictures that have to be read at once."""
@@ -585,6 +600,7 @@ class Llama(StockLlama):
             "media_access": self._access,
             "image_cache": self._image_cache[0],
             "image_cache_dir": self._image_cache[1],
+            "image_merge": self._image_merge,
             "progress": self._progress,
         }
 
@@ -767,7 +783,8 @@ class Llama(StockLlama):
         last_media = max((span.end for span in prompt.spans()), default=0)
         split = max(split, keep, last_media)
         self._requires_eval = True
-        with self._reporting(prompt, keep, len(tokens)):
+        rest = [segment.media for segment in prompt.rest(keep) if segment.media is not None]
+        with self.reporting(len(tokens) - keep, rest):
             self._read_range(prompt, keep, split)
             if split < len(tokens):
                 if merge:
@@ -780,17 +797,15 @@ class Llama(StockLlama):
                     self._merge()
 
     @contextmanager
-    def _reporting(self, prompt: Prompt, keep: int, n_tokens: int) -> Iterator[None]:
-        """Report how far the reading of a prompt is, after the tokens that are in the cache."""
+    def reporting(self, n_tokens: int, media: Sequence[Media]) -> Iterator[Meter | None]:
+        """Report how far the reading of so many tokens is, among them these pictures and sounds."""
         if self._report is None:
-            yield
+            yield None
             return
-        segments = prompt.rest(keep)
-        media = [segment.media for segment in segments if segment.media is not None]
-        before, meter = self._meter, Meter(self._report, n_tokens - keep, media)
+        before, meter = self._meter, Meter(self._report, n_tokens, media)
         self._meter = meter
         try:
-            yield
+            yield meter
         finally:
             self._meter = before
             meter.close()
@@ -867,8 +882,12 @@ class Llama(StockLlama):
             media = segment.media
             n, position = self.n_tokens, self._position(self.n_tokens)
             scope = nullcontext() if self._engine is None else self._engine.media(media.modality)
-            with scope:
-                after = media.decode(position)
+            try:
+                with scope:
+                    after = media.decode(position)
+            except StoppedError:
+                self._trim(n)  # What was read of a picture is no use without the rest.
+                raise
             positions = np.full(len(segment.ids) + 1, position, np.int32)
             positions[-1] = after
             self._note_merge()
@@ -1325,6 +1344,7 @@ class Llama(StockLlama):
         tokens, positions = self.n_tokens + elsewhere, self._position(self.n_tokens + elsewhere)
         cells, held = self._held()
         images = getattr(self.chat_handler, "image_cache", None)
+        merged = getattr(self.chat_handler, "merge_counts", None)
         if engine is None or policy is None:
             per_cell = self._bytes_per_cell()
             return KVStats(
@@ -1338,6 +1358,7 @@ class Llama(StockLlama):
                 budget=None if policy is None else self._budget.kept,
                 budget_of="tokens" if policy is None else policy.budget_of,
                 image_cache=None if images is None else images.stats(),
+                image_merge=None if merged is None else replace(merged),
                 elsewhere=elsewhere,
             )
         per_cell = engine.stats().bytes_per_cell
@@ -1368,6 +1389,7 @@ class Llama(StockLlama):
             flow=tuple(flow),
             layer_cells=tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers)),
             image_cache=None if images is None else images.stats(),
+            image_merge=None if merged is None else replace(merged),
             elsewhere=elsewhere,
         )
 

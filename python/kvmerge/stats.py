@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .image_cache import ImageCacheStats
+from .image_merge import ImageMergeCounts
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class KVStats:
     image_cache : ImageCacheStats or None
         What became of the pictures that had to be read; None without an mmproj.  It says nothing of
         what the cache holds: two records that differ in it alone are equal.
+    image_merge : ImageMergeCounts or None
+        Tokens of the pictures that ``image_merge=`` merged, before and after; not compared either.
     """
 
     tokens: int
@@ -116,6 +119,7 @@ class KVStats:
     layer_cells: tuple[int, ...] = ()
     elsewhere: int = 0
     image_cache: ImageCacheStats | None = field(default=None, compare=False)
+    image_merge: ImageMergeCounts | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists and numbers."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, kept, temperature
+from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, cosine, kept, temperature
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is kept: a fraction such as 0.2, or a number of cells",
     )
     parser.add_argument("--kv-max-cells", type=cap, help="the most cells, or bytes such as 512MiB")
+    parser.add_argument(
+        "--image-merge",
+        type=cosine,
+        help="cosine from which tokens of a picture are made one before they are read, such as 0.9",
+    )
     parser.add_argument("--n-ctx", type=Whole(0, MOST_TOKENS), default=8192, help="context length")
     parser.add_argument("--threads", type=Whole(1, MOST_THREADS), help="threads to compute with")
     parser.add_argument(
@@ -127,6 +132,7 @@ def _load(interrupt: Interrupt, arguments: argparse.Namespace) -> Llama:
         n_gpu_layers=arguments.n_gpu_layers,
         verbose=False,
         progress=Watch(interrupt),
+        image_merge=arguments.image_merge,
         **options,
     )
 

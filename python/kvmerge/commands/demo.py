@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_SEED, MOST_THREADS, Whole, kept
+from .number import MOST_SEED, MOST_THREADS, Whole, cosine, kept
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=kept,
         default=0.2,
         help="what is kept: a fraction such as 0.2, or a number of cells",
+    )
+    parser.add_argument(
+        "--image-merge",
+        type=cosine,
+        help="cosine from which tokens of a picture are made one before they are read, such as 0.9",
     )
     parser.add_argument("--policy", default="auto", help="how the cache is merged")
     parser.add_argument(
@@ -257,6 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
             n_threads=arguments.threads,
             n_threads_batch=arguments.threads,
             verbose=False,
+            image_merge=arguments.image_merge,
             progress=sys.stderr is not None and sys.stderr.isatty(),
         ) as llm:
             runs.append(_converse(llm, prompt, name, own_model))

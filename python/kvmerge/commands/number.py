@@ -113,6 +113,19 @@ def fraction(text: str) -> float:
     return number
 
 
+def cosine(text: str) -> float:
+    """Return a cosine above 0 and at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a cosine above 0 and at most 1 such as 0.9, not {shown(text)}"
+        )
+    return number
+
+
 def amount(text: str) -> int:
     """Return the bytes that a text such as ``"8GiB"`` means."""
     from ..byte_size import parse_bytes
