@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +55,31 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError, match="pip install huggingface_hub"):
         Llama.from_pretrained("someone/model-GGUF", "*.gguf")
+
+
+OFFLINE = """
+from kvmerge import Llama
+from kvmerge.errors import ModelError
+try:
+    Llama.from_pretrained("someone/model-GGUF", "*.gguf", mmproj="*mmproj*")
+except ModelError as error:
+    print(error)
+"""
+
+
+def test_a_hub_without_network() -> None:
+    """What huggingface_hub itself raises, in a process that it lets reach nothing."""
+    pytest.importorskip("huggingface_hub")
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("the files of 'someone/model-GGUF' cannot be had from the hub: ")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

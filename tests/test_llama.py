@@ -228,6 +228,10 @@ def test_stats(llama: Factory) -> None:
     shown = str(stats)
     for word in ("tokens seen", "cells held", "KV MiB", "flowmm", "0.4 of the tokens kept", "rho"):
         assert word in shown
+    page = stats._repr_html_()
+    assert f"cells held      {stats.cells}" in page
+    assert "theta=0.3" in page
+    assert f"{100 * stats.cells / stats.tokens:.0f} % of the full cache" in page
     plain = stats.to_dict()
     assert plain["merges"][0]["cells_after"] == stats.merges[0].cells_after
     assert plain["flow"][0]["rho"] == 0.0, "one modality: nothing crosses"

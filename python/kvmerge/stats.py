@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from .image_cache import ImageCacheStats
@@ -124,6 +125,21 @@ class KVStats:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists and numbers."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, which notebooks show."""
+        return f"<pre>{escape(str(self))}</pre>{self._bar()}"
+
+    def _bar(self) -> str:
+        """Return a bar: the cells that are held of those that a full cache would hold."""
+        if not self.tokens:
+            return ""
+        share = min(100.0, 100 * self.cells / self.tokens)
+        return (
+            '<div style="width:24em;border:1px solid #888;border-radius:3px">'
+            f'<div style="width:{share:.1f}%;background:#4a8;color:#fff;white-space:nowrap;'
+            f'padding:0 .4em;box-sizing:border-box">{share:.0f} % of the full cache</div></div>'
+        )
 
     def __str__(self) -> str:
         lines = [
