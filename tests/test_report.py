@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Factory, answer
 from kvmerge import pocket
-from kvmerge.errors import OptionError
+from kvmerge.errors import OptionError, StateError
 from kvmerge.report import merge_view, patch_grid, write_report
 
 
@@ -52,6 +52,33 @@ def write(path: Path, view: dict[str, Any] | None, prompt: pocket.Prompt) -> str
         view=view,
     )
     return path.read_text()
+
+
+@pytest.mark.parametrize("merge", [None, "auto"])
+def test_report_of_a_chat(
+    merge: str | None, tmp_path: Path, llama: Factory, prompt: pocket.Prompt
+) -> None:
+    llm, messages = llama(kv_merge=merge), prompt.messages(0)
+    said = answer(llm, messages)
+    file = llm.report(tmp_path / "chat.html", [*messages, {"role": "assistant", "content": said}])
+    page = file.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert data["turns"][-1]["answers"] == [{"text": said}]
+    assert prompt.questions[0].text in data["turns"][-1]["question"]
+    assert len(data["pictures"]) == 4
+    assert data["rows"][0][1:3] == [str(llm.kv_stats().tokens), str(llm.kv_stats().cells)]
+    assert (data["view"] is None) == (merge is None)
+    assert "{{" not in page
+    Elements(page)
+
+
+def test_report_without_a_trace(tmp_path: Path, llama: Factory, prompt: pocket.Prompt) -> None:
+    llm = llama(kv_merge="auto", kv_trace=False)
+    answer(llm, prompt.messages(0))
+    with pytest.raises(StateError, match="kv_trace=True"):
+        llm.report(tmp_path / "chat.html", prompt.messages(0))
+    with pytest.raises(OptionError, match="cannot be written"):
+        llm.report(tmp_path, prompt.messages(0))
 
 
 def test_report_of_a_merge(tmp_path: Path, llama: Factory, prompt: pocket.Prompt) -> None:

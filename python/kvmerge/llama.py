@@ -1203,6 +1203,34 @@ class Llama(StockLlama):
             self._known, self._spans, self._merges = 0, [], []
 
     @looks
+    def report(self, path: str | os.PathLike[str], messages: Any) -> Path:
+        """Write a report of a chat as one HTML file: figures, answers, what became of each patch.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        messages : list
+            The chat that was read last, with its answers if they are to be in the report.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        OptionError
+            If the file cannot be written.
+        StateError
+            If the cache was merged, and the model does not keep what merges do
+            (``kv_trace=True``).
+        """
+        from .report import report_chat
+
+        return report_chat(self, messages, path)
+
+    @looks
     def save_context(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds to a file, from which `load_context` goes on.
 

@@ -1,4 +1,4 @@
-"""The report of ``kvmerge demo``: one HTML file that needs nothing else."""
+"""Reports, of ``kvmerge demo`` and of one chat: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ import numpy as np
 
 from ._binding import FATES, MODALITIES
 from .errors import OptionError, StateError
+from .media import find_media
+from .messages import check_messages, joined
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 _TEMPLATE = Path(__file__).with_name("report.html")
+
+
+_COMPARED = (
+    "The same pictures and questions, answered with the full KV cache and with a merged one. One "
+    "conversation each, greedy answers."
+)
 
 
 def patch_grid(n_tokens: int) -> tuple[int, int]:
@@ -132,6 +140,8 @@ def write_report(
     turns: Sequence[dict[str, Any]],
     pictures: Sequence[tuple[Any, str]],
     view: dict[str, Any] | None,
+    about: str = _COMPARED,
+    judged: bool = True,
 ) -> None:
     """Write the report.
 
@@ -149,6 +159,10 @@ def write_report(
         The pictures with their captions.
     view : dict or None
         See `merge_view`.
+    about : str
+        What the report is of, in a sentence.
+    judged : bool
+        Whether there is a right answer to each question.
 
     Raises
     ------
@@ -162,12 +176,77 @@ def write_report(
         "turns": list(turns),
         "pictures": [{"src": _data_uri(image), "caption": text} for image, text in pictures],
         "view": view,
+        "judged": judged,
     }
     # "<" would end the script element if it came as "</script>".
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = _TEMPLATE.read_text(encoding="utf-8")
-    page = page.replace("{{title}}", html.escape(title)).replace("{{data}}", encoded)
+    page = page.replace("{{title}}", html.escape(title)).replace("{{about}}", html.escape(about))
+    page = page.replace("{{data}}", encoded)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"the report {path} cannot be written: {error.strerror}") from error
+
+
+def report_chat(llm: Llama, messages: Any, file: str | os.PathLike[str]) -> Path:
+    """Write a report of the chat that a model has in its cache; see `Llama.report`."""
+    path = Path(os.fsdecode(file)).expanduser()
+    check_place(path)
+    messages, stats = check_messages(messages), llm.kv_stats()
+    view = merge_view(llm) if len(stats.merges) == 1 else None
+    media = [part for part in find_media(messages, llm.media_access) if part.modality == "image"]
+    merge_ms = sum(merge.ms for merge in stats.merges)
+    about = "One chat, and what its cache holds after it."
+    if len(stats.merges) > 1:
+        about += (
+            f" It was merged {len(stats.merges)} times: what became of each patch is shown after "
+            "one merge only."
+        )
+    write_report(
+        path,
+        title=f"{len(media)} pictures, {Path(llm.model_path).name}, {stats.policy}",
+        header=("", "tokens seen", "cells held", "KV MiB", "full cache, MiB", "merge ms"),
+        rows=[
+            (
+                "this chat",
+                str(stats.tokens),
+                str(stats.cells),
+                f"{stats.mib:.2f}",
+                f"{stats.mib_full:.2f}",
+                f"{merge_ms:.0f} ({len(stats.merges)} merges)",
+            )
+        ],
+        meanings=_MEANINGS,
+        turns=[
+            {"question": question, "expected": "", "answers": [{"text": answer}]}
+            for question, answer in _turns(messages)
+        ],  # fmt: skip
+        pictures=[(part.picture(), f"picture {i}") for i, part in enumerate(media, 1)],
+        view=view,
+        about=about,
+        judged=False,
+    )
+    return path
+
+
+_MEANINGS = (
+    ("tokens seen", "text and picture tokens that the model has read and written"),
+    ("cells held", "slots of the KV cache that attention goes through now"),
+    ("KV MiB", "K and V of these cells over all layers"),
+    ("full cache", "what one cell a token would take"),
+    ("merge ms", "time of all merges together, and how many there were"),
+)
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what was said by others, and what the assistant has answered."""
+    turns: list[tuple[str, str]] = []
+    said: list[str] = []
+    for message in joined(messages, "[picture]"):
+        if message["role"] == "assistant":
+            turns.append(("\n".join(said), message["content"]))
+            said = []
+        else:
+            said.append(message["content"])
+    return turns + ([("\n".join(said), "")] if said else [])
