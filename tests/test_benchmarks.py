@@ -23,6 +23,7 @@ SHORT = {
     "many_pictures": "--chats 1 --policies auto",
     "memory": "--tokens 1024 --layers 1 --threads 1",
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
+    "picture_path": "--quick",
     "quality": "--quick --jobs 1 --out {folder}/answers",
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
