@@ -362,8 +362,9 @@ void kvmerge_engine::on_restore(llama_seq_id seq_id, uint32_t n_cells) {
 // the engine's part
 //
 
-// Only the rows that a merge would use, and only as many as fit: a saved state stays smaller than the full cache would be.
-// They may take half of what merging has saved, and an eighth of the cells of a sequence that was not merged.
+// Only the rows that a merge would use; of a sequence that was merged only as many as take half of what that has saved, so
+// that its state is smaller than the full cache would be. Before the first merge all go along: it is then the same as without
+// saving.
 std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
     const auto & seq = sequences[seq_id];
 
@@ -380,7 +381,7 @@ std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
     }
 
     const int64_t full  = seq.n_seen*stats.bytes_per_cell;
-    const int64_t n_max = std::max<int64_t>(1, (full > held ? (full - held)/2 : held/8)/row);
+    const int64_t n_max = full > held ? std::max<int64_t>(1, (full - held)/2/row) : window.size() + samples.size();
 
     const int64_t n_samples = std::min<int64_t>(samples.size(), std::max<int64_t>(n_max/4, n_max - (int64_t) window.size()));
     const int64_t n_window  = std::min<int64_t>(window.size(), n_max - n_samples);
