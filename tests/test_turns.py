@@ -165,6 +165,43 @@ def test_close_while_others_generate(merge: str | None) -> None:
     assert set(ended) <= {ClosedError, StateError}
 
 
+@pytest.mark.parametrize("merge", [None, "mosaic"])
+def test_close_in_the_middle_of_many_requests(merge: str | None) -> None:
+    """Eight threads ask fifty times each; until the close every answer is right."""
+    llm = make(merge)
+    right = []
+    for question in (FIRST, SECOND):
+        llm.reset()
+        right.append(text([llm.create_completion(question, **LONG)]))
+    answered: list[bool] = []
+    ended: list[BaseException] = []
+    half = threading.Event()
+
+    def ask(i: int) -> None:
+        try:
+            for k in range(50):
+                which, stream = (i + k) % 2, k % 3 == 0
+                answer = llm.create_completion((FIRST, SECOND)[which], stream=stream, **LONG)
+                answered.append(text(answer if stream else [answer]) == right[which])
+                if len(answered) >= 100:
+                    half.set()
+        except BaseException as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    assert half.wait(120)
+    llm.close()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert all(answered)
+    assert 100 <= len(answered) < 400
+    assert ended
+    assert {type(error) for error in ended} <= {ClosedError, StateError}
+
+
 def test_close_ends_a_long_prompt() -> None:
     llm = make(n_batch=16)
     failed: list[BaseException] = []
