@@ -21,7 +21,6 @@ SHORT = {
     "fit_accuracy": "--quick",
     "layer_budgets": "--rounds 1",
     "many_pictures": "--chats 1 --policies auto",
-    "picture_path": "--quick",
     "memory": "--tokens 1024 --layers 1 --threads 1",
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
     "picture_path": "--quick",
