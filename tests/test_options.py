@@ -82,6 +82,17 @@ def test_every_option_has_a_row(method: str) -> None:
     assert parameters - {"self", "model_path", "kwargs"} == set(METHODS[method])
 
 
+def test_types_name_every_option() -> None:
+    """What an editor is told is what is taken."""
+    from kvmerge.call_options import ChatOptions, CompletionOptions
+
+    for known, table, apart in (
+        (CompletionOptions, options.COMPLETION, {"prompt", "stream"}),
+        (ChatOptions, options.CHAT, {"messages", "stream"}),
+    ):
+        assert set(known.__annotations__) == {*table, *options.OPENAI} - apart
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_any_value_ends_well(method: str) -> None:
     assert tried(method, 0, 999, "stock").startswith("whole")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,15 @@ from ._binding import Engine, small_beginning  # noqa: E402
 from .request import Request  # noqa: E402
 
 if TYPE_CHECKING:
+    from llama_cpp.llama_types import (
+        CreateChatCompletionResponse,
+        CreateChatCompletionStreamResponse,
+        CreateCompletionResponse,
+        CreateCompletionStreamResponse,
+    )
+    from typing_extensions import Unpack
+
+    from .call_options import ChatOptions, CompletionOptions
     from .context import Context
 
 log = logging.getLogger("kvmerge")
@@ -1064,6 +1073,33 @@ class Llama(StockLlama):
             "prompt_tokens_details": self._prompt_tokens_details(),
         }
 
+    @overload
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[CompletionOptions],
+    ) -> CreateCompletionResponse: ...
+
+    @overload
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[True],
+        **options: Unpack[CompletionOptions],
+    ) -> Iterator[CreateCompletionStreamResponse]: ...
+
+    @overload
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: bool,
+        **options: Unpack[CompletionOptions],
+    ) -> CreateCompletionResponse | Iterator[CreateCompletionStreamResponse]: ...
+
     @takes_turn
     def create_completion(self, *args: Any, **options: Any) -> Any:
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
@@ -1089,6 +1125,21 @@ class Llama(StockLlama):
     def _in_steps(self, answer: Any) -> Any:
         """Return an answer as it is, or one that streams as a stream that has the turn."""
         return self._turns.stream(answer) if isinstance(answer, Iterator) else answer
+
+    @overload
+    def create_chat_completion(
+        self, messages: Any, *, stream: Literal[False] = False, **options: Unpack[ChatOptions]
+    ) -> CreateChatCompletionResponse: ...
+
+    @overload
+    def create_chat_completion(
+        self, messages: Any, *, stream: Literal[True], **options: Unpack[ChatOptions]
+    ) -> Iterator[CreateChatCompletionStreamResponse]: ...
+
+    @overload
+    def create_chat_completion(
+        self, messages: Any, *, stream: bool, **options: Unpack[ChatOptions]
+    ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]: ...
 
     @takes_turn
     def create_chat_completion(self, messages: Any, *args: Any, **options: Any) -> Any:
