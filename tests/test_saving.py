@@ -234,8 +234,8 @@ HUGE = saving._START.pack(saving.MAGIC, saving.FORMAT_VERSION, 2**31, 2**63)
     [
         (b"", "not a saved context"),
         (b"GGUF" + bytes(100), "not a saved context: it begins with b'GGUF"),
-        (saving._START.pack(saving.MAGIC, 3, 1, 1) + bytes(34), "version 3, of a newer kvmerge"),
-        (saving._START.pack(saving.MAGIC, 0, 1, 1) + bytes(34), "version 0, of an older kvmerge"),
+        (saving._START.pack(saving.MAGIC, 4, 1, 1) + bytes(34), "version 4, of a newer kvmerge"),
+        (saving._START.pack(saving.MAGIC, 2, 1, 1) + bytes(34), "version 2, of an older kvmerge"),
         (
             saving._START.pack(saving.MAGIC, saving.FORMAT_VERSION, 2**31, 2**63) + bytes(99),
             "cut off",

@@ -18,7 +18,8 @@
 //
 // Errors: functions return KVMERGE_OK or a negative kvmerge_status. The reason, in words, is kvmerge_error_message().
 //   Nothing is thrown. After an error the cache is as it was before the call, unless the status is
-//   KVMERGE_ERROR_COMPUTE, after which the sequence has to be cleared.
+//   KVMERGE_ERROR_CLEARED: the failure came while the cache changed, and the sequence is empty now. When a merge that makes
+//   room in llama_decode() fails, llama_decode() returns 1; kvmerge_n_tokens() is 0 where it cleared the sequence.
 //
 // Threads: an engine belongs to its llama_context and follows its rule: one thread at a time.
 //   kvmerge_error_message() is per thread.
@@ -53,7 +54,8 @@ enum kvmerge_status {
     KVMERGE_ERROR_UNSUPPORTED = -2, // this model, cache or sequence layout cannot be merged; the message says why
     KVMERGE_ERROR_STATE       = -3, // the call does not fit the present state (nothing observed, unknown sequence, ...)
     KVMERGE_ERROR_MEMORY      = -4, // an allocation failed
-    KVMERGE_ERROR_COMPUTE     = -5, // a backend failed in the middle of a merge
+    KVMERGE_ERROR_COMPUTE     = -5, // a backend failed
+    KVMERGE_ERROR_CLEARED     = -6, // a merge failed while the cache changed: the engine has cleared the sequence
 };
 
 enum kvmerge_modality {
@@ -194,6 +196,11 @@ KVMERGE_API void kvmerge_trim(void);
 
 // The default policy: FlowMM with bias = COUNT.
 KVMERGE_API struct kvmerge_params kvmerge_params_default(void);
+
+// For tests: let the n-th allocation of buffers or graph computation of an engine from now on fail, as if there were no memory
+// or the backend had failed; 0: none. kvmerge_fail_count() says how many there were since. For the whole process.
+KVMERGE_API void    kvmerge_fail_at   (int32_t n);
+KVMERGE_API int32_t kvmerge_fail_count(void);
 
 // Attach an engine to a context. Observing starts with the next llama_decode().
 //   ctx     its memory must be a KV cache with K and V (also inside iSWA and hybrid memories, whose

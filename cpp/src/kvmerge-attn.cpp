@@ -92,6 +92,10 @@ uint32_t kvmerge_n_low(const kvmerge_engine * engine) {
     return engine ? engine->n_low : 0;
 }
 
+bool kvmerge_can_use(const kvmerge_engine * engine, uint32_t idx) {
+    return !engine || (idx >= engine->n_low && !engine->is_refusing);
+}
+
 ggml_tensor * kvmerge_store(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs) {
     if (kvmerge_n_low(engine) > 0) {
         cache = kvmerge_last(ctx, cache, 1, engine->cache.get_size() - engine->n_low);

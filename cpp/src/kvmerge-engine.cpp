@@ -4,6 +4,7 @@
 #include "kvmerge-allocate.h"
 #include "kvmerge-attn.h"
 #include "kvmerge-error.h"
+#include "kvmerge-fault.h"
 #include "kvmerge-fold.h"
 #include "kvmerge-match.h"
 #include "kvmerge-mosaic.h"
@@ -30,6 +31,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <utility>
 
 //
 // attach and detach
@@ -242,7 +244,7 @@ static bool alloc_beside_keys(
     }
 
     for (auto & [buft, ctx] : ctxs) {
-        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        ggml_backend_buffer_ptr buf(kvmerge_fails() ? nullptr : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
 
         if (!buf) {
             return false;
@@ -474,7 +476,7 @@ void kvmerge_engine::on_ubatch(const std::vector<uint32_t> & cells, const llama_
     std::vector<int32_t> order(ubatch.n_tokens);
     std::vector<uint8_t> modality(ubatch.n_tokens);
 
-    bool bias_changes = false;
+    bool bias_changes = std::exchange(bias_is_stale, false);
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & s = sequences[ubatch.seq_id[i][0]];
@@ -567,6 +569,7 @@ void kvmerge_engine::on_clear() {
 
     media.is_open = false;
     media.weights.clear();
+    is_refusing   = false;
     pending       = {};
     n_wanted      = 0;
     is_restored   = false;
@@ -880,19 +883,39 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
     pending.seq_id  = seq_id;
     pending.n_cells = n_cells;
 
+    on_init_update(false); // what a batch before asked for is not wanted any more
+
     lctx->sched_reserve(); // when nothing was decoded since the engine was attached, the cells being restored ones
 
     // llama_context runs the update, so that graphs are dropped and reserved anew as for any change of the memory
-    lctx->memory_update(true);
+    try {
+        lctx->memory_update(true);
+    } catch (const std::exception &) {
+        if (!pending.has_run || pending.status != KVMERGE_OK) {
+            throw;
+        }
+        // merged is merged: only the graphs are still to be reserved
+    }
 
     const kvmerge_status status = pending.has_run ? pending.status :
         kvmerge_error(KVMERGE_ERROR_STATE, "the update of the memory ended before the merge began: nothing was merged");
+
+    if (status == KVMERGE_OK) {
+        kvmerge_error_clear();
+    }
 
     // The merge's own graphs took larger buffers than the model's need. They go back to the system before the new ones come,
     // else these are found where those were, and all of them is resident before anything was computed.
     lctx->sched_free();
     kvmerge_give_back();
-    lctx->sched_reserve();
+
+    try {
+        lctx->sched_reserve();
+    } catch (const std::exception & e) {
+        LLAMA_LOG_WARN("%s: the graphs are reserved with the next batch: %s\n", __func__, e.what());
+
+        lctx->sched_reserve_later();
+    }
 
     return status;
 }
@@ -918,9 +941,8 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
     bool updated = false;
 
     try {
-        if (n_wanted > 0) {
-            updated  = make_room(n_wanted);
-            n_wanted = 0;
+        if (const uint32_t n = std::exchange(n_wanted, 0)) {
+            updated = make_room(n);
         }
         if (is_restored) {
             shrink();
@@ -935,7 +957,6 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
     } catch (const std::bad_alloc &) {
         pending.has_run = true;
         pending.status  = kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
-        n_wanted        = 0;
     }
 
     if (updated) {
@@ -1039,11 +1060,71 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     lctx->synchronize();
 
+    const auto cells = sequence_cells(seq_id);
+
+    // From the first store on the cache is no longer what it was: the merge commits, or the sequence goes.
+    bool has_begun = false;
+
+    try {
+        const auto status = merge_cells(seq_id, cells, n_cells, n_most, t_start, has_begun);
+
+        if (status != KVMERGE_OK && has_begun) {
+            clear(seq_id, cells);
+
+            return kvmerge_error(KVMERGE_ERROR_CLEARED, "the backend failed while the cache changed: sequence %d was cleared", seq_id);
+        }
+
+        if (status != KVMERGE_OK) {
+            shrink(); // back to what the layers stored before
+        }
+
+        return status;
+    } catch (const std::exception & e) {
+        if (!has_begun) {
+            shrink();
+
+            const bool is_memory = dynamic_cast<const std::bad_alloc *>(&e);
+
+            return kvmerge_error(is_memory ? KVMERGE_ERROR_MEMORY : KVMERGE_ERROR_COMPUTE, "the merge failed: %s", is_memory ? "not enough memory" : e.what());
+        }
+        clear(seq_id, cells);
+
+        return kvmerge_error(KVMERGE_ERROR_CLEARED, "memory ran out while the cache changed (%s): sequence %d was cleared", e.what(), seq_id);
+    }
+}
+
+void kvmerge_engine::clear(llama_seq_id seq_id, const std::vector<uint32_t> & cells) {
+    auto & table = cache.v_cells[0];
+
+    // some of them may be what they were, and others what they were to become
+    for (uint32_t idx : cells) {
+        if (!table.is_empty(idx)) {
+            table.rm(idx);
+        }
+        tokens   [idx] = {};
+        is_merged[idx] = 0;
+
+        tokens[idx].order = 0; // it is wiped before it is used again
+    }
+    bias_is_stale = has_bias;
+
+    forget(seq_id);
+    plans.clear();
+
+    lctx->get_memory()->seq_rm(seq_id, -1, -1); // what other parts of the memory hold of it
+
+    shrink();
+
+    version++;
+
+    LLAMA_LOG_ERROR("%s: sequence %d is gone\n", __func__, seq_id);
+}
+
+kvmerge_status kvmerge_engine::merge_cells(
+        llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, int64_t t_start, bool & has_begun) {
     if (!store_all()) {
         return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
     }
-
-    const auto cells = sequence_cells(seq_id);
 
     const int32_t n_text = n_text_kept(n_cells, cells, seq_id);
 
@@ -1229,10 +1310,25 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     logits.clear();
     logits.shrink_to_fit();
 
+    // All memory is had before the cache changes: the buffers of the folds' graphs, and what tells of the cells.
+    for (size_t l = 0; l < layers.size(); ++l) {
+        kvmerge_fold_layer(graph, *this, layers[l], cells, plans_new[l], n_after, &kvmerge_graph::reserve);
+
+        if (!graph.reserve()) {
+            return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to fold layer %d", layers[l].il);
+        }
+        for (auto & head : merged[l]) {
+            kvmerge_may_fail();
+            head.reserve(*std::max_element(cells.begin(), cells.begin() + n_after) + 1);
+        }
+    }
+
     // fold: from here on the cache changes
+    has_begun = true;
+
     for (size_t l = 0; l < layers.size(); ++l) {
         if (!kvmerge_fold_layer(graph, *this, layers[l], cells, plans_new[l], n_after) || !graph.run()) {
-            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to fold layer %d: clear sequence %d", layers[l].il, seq_id);
+            return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to fold layer %d", layers[l].il);
         }
     }
 
@@ -1254,6 +1350,8 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
     for (size_t l = 0; l < layers.size() && layers[l].sum; ++l) {
         store_sums(l, cells, n_after);
     }
+
+    has_begun = false; // it is done
 
     shrink();
 

@@ -93,6 +93,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     void on_seq_keep(llama_seq_id seq_id);
     void on_seq_move(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const std::function<llama_pos(llama_pos)> & move);
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
+    void on_init_update(bool optimize); // optimize: for the batch that found no slot, else before the next one
     void on_no_slot(const std::vector<llama_ubatch> & ubatches); // the next update makes room for them
     bool on_update(llama_context * lctx);
 
@@ -160,6 +161,10 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool  is_per_head = false;  // it may differ from head to head, as cells were merged
     int   version     = 0;      // goes up whenever graphs built before no longer fit
 
+    // A merge that was to make room has failed and its sequence is gone: the batch that goes on from it must not find the room
+    // that this left.
+    bool is_refusing = false;
+
     uint32_t n_low = 0; // the first cell that all layers store: tokens come into it and those behind
 
     // figures of the last merge
@@ -188,6 +193,12 @@ private:
     // n_most: cells that no layer exceeds, where layers differ
     kvmerge_status run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most);
 
+    // what run() tries; has_begun: the cache has changed, and the merge is not done
+    kvmerge_status merge_cells(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, int64_t t_start, bool & has_begun);
+
+    // after a merge that failed half-way: the sequence goes, with the cells that it had
+    void clear(llama_seq_id seq_id, const std::vector<uint32_t> & cells);
+
     // KVMERGE_OK: the sequence can be merged now
     kvmerge_status check_merge(llama_seq_id seq_id, const std::vector<uint32_t> & cells) const;
 
@@ -205,7 +216,7 @@ private:
     void make_cells(uint64_t n_cells);
 
     // no more cells than are needed
-    void shrink();
+    void shrink() noexcept;
 
     // for every layer, from which cell on there is something in it
     std::vector<uint32_t> first_cells() const;
@@ -311,6 +322,7 @@ private:
         bool is_tight   = false; // the merge that runs makes room
     } room;
 
+    bool     bias_is_stale = false; // the next ubatch uploads it
     bool     keeps_plans  = true;
     bool     gives_back   = false; // the next ubatch finds memory that was freed
     uint32_t n_wanted     = 0;     // tokens that found no slot

@@ -87,9 +87,10 @@ bool kvmerge_fold_layer(
         const kvmerge_layer             & layer,
         const std::vector<uint32_t>     & cells,
         const std::vector<kvmerge_plan> & plans,
-              int32_t                     n_cells) {
+              int32_t                     n_cells,
+              bool (kvmerge_graph::*            flush)()) {
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
-        if (graph.is_full() && !graph.run()) {
+        if (graph.is_full() && !(graph.*flush)()) {
             return false;
         }
 

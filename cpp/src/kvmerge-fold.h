@@ -6,6 +6,7 @@
 
 // The B pivots of a head are written to cells[n_cells - B, n_cells), where n_cells is the largest B of all layers.
 // Every read of a head comes before its first write, so that the cache can be changed in place.
+// flush: what is done with a graph that is full; the last one is left to the caller.
 // false: the backend failed.
 bool kvmerge_fold_layer(
               kvmerge_graph             & graph,
@@ -13,4 +14,5 @@ bool kvmerge_fold_layer(
         const kvmerge_layer             & layer,
         const std::vector<uint32_t>     & cells,
         const std::vector<kvmerge_plan> & plans,
-              int32_t                     n_cells);
+              int32_t                     n_cells,
+              bool (kvmerge_graph::*            flush)() = &kvmerge_graph::run);

@@ -1,5 +1,7 @@
 #include "kvmerge-graph.h"
 
+#include "kvmerge-fault.h"
+
 #include "llama-context.h"
 
 #include "ggml-backend.h"
@@ -9,6 +11,8 @@
 
 ggml_context_ptr kvmerge_make_context(size_t n_tensors) {
     const size_t size = n_tensors*ggml_tensor_overhead();
+
+    kvmerge_may_fail();
 
     // what was given back a moment ago is there for ggml, which asks for a little more than the tensors
     ::operator delete(::operator new(size + 1024));
@@ -20,6 +24,8 @@ kvmerge_graph::kvmerge_graph(llama_context * lctx) :
     lctx(lctx),
     max_nodes(lctx->graph_max_nodes(1)),
     memory(ggml_tensor_overhead()*2*max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
+    kvmerge_may_fail();
+
     reset();
 }
 
@@ -75,7 +81,7 @@ bool kvmerge_graph::plan_buffers() {
         std::copy_n(nodes[i]->src, GGML_MAX_SRC, before[i].second.begin());
     }
 
-    const bool ok = ggml_backend_sched_reserve(lctx->get_sched(), gf);
+    const bool ok = !kvmerge_fails() && ggml_backend_sched_reserve(lctx->get_sched(), gf);
 
     for (int i = 0; i < n_nodes; ++i) {
         nodes[i] = before[i].first;
@@ -103,7 +109,7 @@ bool kvmerge_graph::run() {
                 }
             }
 
-            ok = lctx->graph_compute(gf, true) == GGML_STATUS_SUCCESS;
+            ok = !kvmerge_fails() && lctx->graph_compute(gf, true) == GGML_STATUS_SUCCESS;
         }
 
         if (ok) {
@@ -119,6 +125,20 @@ bool kvmerge_graph::run() {
 
         ggml_backend_sched_reset(sched);
     }
+
+    reset();
+
+    return ok;
+}
+
+bool kvmerge_graph::reserve() {
+    ggml_backend_sched_t sched = lctx->get_sched();
+
+    ggml_backend_sched_reset(sched);
+
+    const bool ok = plan_buffers();
+
+    ggml_backend_sched_reset(sched);
 
     reset();
 

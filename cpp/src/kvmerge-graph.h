@@ -35,6 +35,9 @@ public:
     // run what was added and start anew; false: the backend failed
     bool run();
 
+    // have the buffers that running it would take, and start anew without running it; they never become smaller
+    bool reserve();
+
 private:
     struct pending_input {
         ggml_tensor *        tensor;

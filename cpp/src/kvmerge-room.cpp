@@ -12,6 +12,7 @@
 
 #include "kvmerge-engine.h"
 #include "kvmerge-error.h"
+#include "kvmerge-fault.h"
 #include "kvmerge-host.h"
 #include "kvmerge-select.h"
 
@@ -227,7 +228,7 @@ static bool replace_tensor(ggml_tensor *& t, sized_tensor & next, bool trans, co
     ggml_tensor * res = next.t;
 
     if (!next.buf) {
-        next.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(next.ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
+        next.buf.reset(kvmerge_fails() ? nullptr : ggml_backend_alloc_ctx_tensors_from_buft(next.ctx.get(), ggml_backend_buffer_get_type(t->buffer)));
 
         if (next.buf) {
             ggml_backend_buffer_clear(next.buf.get(), 0); // no NaN in cells that were never used
@@ -338,6 +339,8 @@ bool kvmerge_engine::resize(uint32_t n_cells, const std::vector<uint32_t> & firs
             table_new.resize(n_cells);
             table_new.set(0, table.cp(0, n_used));
         }
+
+        kvmerge_may_fail();
 
         tokens   .reserve(n_cells);
         is_merged.reserve(n_cells);
@@ -464,7 +467,7 @@ void kvmerge_engine::attach_tensors() {
     }
 }
 
-void kvmerge_engine::shrink() {
+void kvmerge_engine::shrink() noexcept {
     auto & table = cache.v_cells[0];
 
     if (!room.is_elastic || table.get_has_shift()) {
@@ -478,7 +481,12 @@ void kvmerge_engine::shrink() {
         n = std::min({ n, n_cells_max(), std::max(round_up(lctx->get_cparams().n_ubatch), round_up(table.used_max_p1() + 1)) });
     }
 
-    resize(n, first_cells());
+    try {
+        resize(n, first_cells());
+    } catch (const std::bad_alloc &) {
+        // it stays larger than it needs to be
+        LLAMA_LOG_WARN("%s: no memory to become smaller\n", __func__);
+    }
 
     for (size_t i = 0; i < pages.size() && !room.is_tight; ++i) {
         if (pages[i].data()) {
@@ -504,6 +512,14 @@ int64_t kvmerge_engine::bytes() const {
 //
 // room
 //
+
+void kvmerge_engine::on_init_update(bool optimize) {
+    if (!optimize) {
+        // another batch than the one that found no slot
+        n_wanted    = 0;
+        is_refusing = false;
+    }
+}
 
 void kvmerge_engine::on_no_slot(const std::vector<llama_ubatch> & ubatches) {
     n_wanted = 0;
@@ -570,8 +586,14 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
             if (n_target < 1 || n_target >= (int32_t) cells.size()) {
                 continue;
             }
-            if (run(s, n_target, n_most) != KVMERGE_OK) {
-                break;
+
+            const auto status = run(s, n_target, n_most);
+
+            if (status == KVMERGE_ERROR_CLEARED) {
+                is_refusing = true;
+            }
+            if (status != KVMERGE_OK) {
+                return false; // what is said of it stands in kvmerge_error_message()
             }
         }
     }

@@ -7,6 +7,7 @@
 #include "kvmerge-state.h"
 
 #include "kvmerge-engine.h"
+#include "kvmerge-fault.h"
 #include "kvmerge-score.h"
 
 #include "llama-io.h"
@@ -19,7 +20,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 7;
+static constexpr uint32_t STATE_VERSION = 8;
 
 // of tokens, positions and segments: beyond any context, and they can still be counted on
 static constexpr int32_t MAX_COUNT = 1 << 30;
@@ -162,6 +163,8 @@ uint32_t kvmerge_engine::count_unheld(const kvmerge_layer & layer, const std::ve
 }
 
 std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i & io, llama_seq_id seq_id) const {
+    kvmerge_may_fail();
+
     const auto cells = saved_cells(seq_id);
 
     write(io, STATE_MAGIC);
@@ -178,6 +181,8 @@ std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i &
 }
 
 std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io) {
+    kvmerge_may_fail();
+
     if (read<uint32_t>(io) != STATE_MAGIC) {
         refuse("it was saved without merging");
     }
@@ -343,6 +348,8 @@ std::unique_ptr<llama_io_read_i> kvmerge_check_table(
 }
 
 void kvmerge_engine::on_restore(llama_seq_id seq_id, uint32_t n_cells) {
+    is_refusing = false;
+
     const auto & table = cache.get_cells(0);
 
     // what is there now and stays
@@ -394,8 +401,27 @@ std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
     return res;
 }
 
+// Those of the last merge, in the order of the file. What is added to kvmerge_stats is not saved until it is added here, with
+// another version.
+template <typename Stats, typename F>
+static void for_each_figure(Stats & stats, F && f) {
+    f(stats.n_merges);
+    f(stats.n_tokens);
+    f(stats.n_cells_before);
+    f(stats.n_cells_after);
+    f(stats.n_text_before);
+    f(stats.n_text_after);
+    f(stats.bytes_after);
+    f(stats.t_score_us);
+    f(stats.t_match_us);
+    f(stats.t_fold_us);
+    f(stats.t_total_us);
+}
+
 void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
     const auto cells = saved_cells(seq_id);
+
+    kvmerge_may_fail();
 
     write(io, params.n_window);
     write(io, params.n_flow_rows);
@@ -407,9 +433,14 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
     }
 
     // the figures of the last merge
-    write(io, stats);
+    for_each_figure(stats, [&](auto & value) { write(io, value); });
+    write(io, stats.n_layers);
+    write(io, stats.n_heads);
+    write(io, stats.bytes_per_cell);
     for (const auto & flow : flows) {
-        write(io, flow);
+        write(io, flow.rho);
+        write(io, flow.text_to_media);
+        write(io, flow.media_to_text);
     }
 
     write(io, (uint32_t) cells.size());
@@ -474,6 +505,8 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
 }
 
 void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells) {
+    kvmerge_may_fail();
+
     if (read<int32_t>(io) != params.n_window || read<int32_t>(io) != params.n_flow_rows || read<uint8_t>(io) != (layers[0].sum != nullptr)) {
         refuse("it was saved with another policy (window, flow rows or score over all queries)");
     }
@@ -484,10 +517,18 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
     }
     // Everything is read before anything changes.
 
-    auto stats_saved = read<kvmerge_stats>(io);
+    kvmerge_stats stats_saved = {};
+    for_each_figure(stats_saved, [&](auto & value) { value = read<std::remove_reference_t<decltype(value)>>(io); });
+
+    stats_saved.n_layers       = read<int32_t>(io);
+    stats_saved.n_heads        = read<int32_t>(io);
+    stats_saved.bytes_per_cell = read<int64_t>(io);
+
     auto flows_saved = flows;
     for (auto & flow : flows_saved) {
-        flow = read<kvmerge_flow>(io);
+        flow.rho           = read<float>(io);
+        flow.text_to_media = read<float>(io);
+        flow.media_to_text = read<float>(io);
 
         if (!(std::isfinite(flow.rho) && std::isfinite(flow.text_to_media) && std::isfinite(flow.media_to_text))) {
             refuse("the flow between modalities is damaged");

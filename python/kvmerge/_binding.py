@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from . import _library
 from .errors import (
+    CacheClearedError,
     KVMergeError,
     LibraryError,
     MergeError,
@@ -43,6 +44,7 @@ _ERRORS: dict[int, type[KVMergeError]] = {
     -3: StateError,
     -4: OutOfMemoryError,
     -5: MergeError,
+    -6: CacheClearedError,
 }
 
 
@@ -425,6 +427,14 @@ class Engine:
         weights = np.ascontiguousarray(weights, np.float32)
         array = self._ffi.from_buffer("float[]", weights)
         self._check(self._library.kvmerge_media_weights(self._engine, array, len(weights)))
+
+    def fail_at(self, n: int) -> None:
+        """Let the n-th allocation or computation of the engine from now on fail; for tests."""
+        self._library.kvmerge_fail_at(n)
+
+    def fail_count(self) -> int:
+        """Return how many there were since `fail_at`."""
+        return int(self._library.kvmerge_fail_count())
 
     def merge(self, cells: int, sequence: int = 0) -> None:
         """Merge a sequence down to a number of cells."""

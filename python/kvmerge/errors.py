@@ -75,7 +75,11 @@ class StoppedError(KVMergeError, RuntimeError):
 
 
 class MergeError(KVMergeError, RuntimeError):
-    """A merge failed on the way; the cache was cleared."""
+    """A merge failed; the cache is as it was before."""
+
+
+class CacheClearedError(MergeError):
+    """A merge failed while the cache changed; the cache was cleared."""
 
 
 class OutOfMemoryError(KVMergeError, MemoryError):

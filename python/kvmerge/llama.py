@@ -23,12 +23,12 @@ from .access import MediaAccess
 from .budget import Budget
 from .cap import Cap
 from .errors import (
+    CacheClearedError,
     ClosedError,
     ContextLengthError,
     DecodeError,
     ForkedError,
     MediaError,
-    MergeError,
     ModelError,
     OptionError,
     OutOfMemoryError,
@@ -715,6 +715,7 @@ class Llama(StockLlama):
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
+            self._check_not_cleared(error)
             if self._engine is not None:
                 self._engine.raise_problem()
             raise DecodeError(
@@ -730,6 +731,15 @@ class Llama(StockLlama):
             self.scores[n : n + len(batch), :].reshape(-1)[:] = logits
         self._append(batch, position + np.arange(len(batch) + 1))
         self._requires_eval = False
+
+    def _check_not_cleared(self, error: Exception) -> None:
+        """Raise if reading failed because a merge for want of room left nothing of the cache."""
+        if self._engine is not None and self._known > 0 and self._engine.n_tokens() == 0:
+            self._clear()
+            raise CacheClearedError(
+                "a merge that was to make room failed while the cache changed, which is empty now: "
+                "read everything again"
+            ) from error
 
     @takes_turn
     def read(self, prompt: Prompt, *, merge: bool = True, answer: bool = True) -> None:
@@ -897,6 +907,9 @@ class Llama(StockLlama):
             except StoppedError:
                 self._trim(n)  # What was read of a picture is no use without the rest.
                 raise
+            except DecodeError as error:
+                self._check_not_cleared(error)
+                raise
             positions = np.full(len(segment.ids) + 1, position, np.int32)
             positions[-1] = after
             self._note_merge()
@@ -919,7 +932,7 @@ class Llama(StockLlama):
             return
         try:
             self._engine.merge(budget)
-        except MergeError:
+        except CacheClearedError:
             self._clear()
             raise
         self._note_merge(before, bytes_before)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _Record = TypeVar("_Record", MediaSpan, MergeRecord)
 
 MAGIC = b"kvmerge\0"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _START = struct.Struct("<8sIIQ")
 _DIGEST_SIZE = hashlib.sha256().digest_size
