@@ -191,6 +191,16 @@ def test_a_plan_that_cannot_be_is_refused_and_nothing_is_lost(model: Path, how: 
         assert session.engine.n_cells() == 40
 
 
+@pytest.mark.parametrize("cells", [1, 5, 20])
+def test_room_for_less_than_what_is_always_kept(model: Path, cells: int) -> None:
+    with Session(model, merge=PRESETS["keydiff"]) as session:
+        session.decode(words(N))
+        session.engine.merge(cells)
+        assert session.engine.n_cells() == cells
+        last = session.engine.plan(0, 0).fate[-min(cells, 16) :]
+        assert (last >= 2).all()
+
+
 def test_keydiff_keeps_what_is_least_like_the_mean(model: Path) -> None:
     with Session(model, merge=PRESETS["keydiff"], cache_type="f32") as session:
         engine = session.engine

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 // one head's targets, checked and taken over
-static kvmerge_status take(kvmerge_plan & plan, const int32_t * target, int32_t layer, int32_t head, const kvmerge_params & params) {
+static kvmerge_status take(kvmerge_plan & plan, const int32_t * target, int32_t layer, int32_t head, int32_t n_keep) {
     const int32_t n = plan.cells.size();
 
     plan.drop_all();
@@ -34,7 +34,7 @@ static kvmerge_status take(kvmerge_plan & plan, const int32_t * target, int32_t 
     }
 
     // the last tokens can be removed one by one, so they hold themselves and nothing else
-    int32_t n_left = kvmerge_n_keep(params);
+    int32_t n_left = n_keep;
 
     for (int32_t i = n - 1; i >= 0 && n_left > 0; --i) {
         if (plan.cells[i].mass == 0) {
@@ -42,7 +42,7 @@ static kvmerge_status take(kvmerge_plan & plan, const int32_t * target, int32_t 
         }
         if (!plan.is_kept(i)) {
             return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "the plan of layer %d, head %d does not keep cell %d: the last %d are always kept",
-                    layer, head, i, kvmerge_n_keep(params));
+                    layer, head, i, n_keep);
         }
         plan.protect(i);
         n_left--;
@@ -51,7 +51,7 @@ static kvmerge_status take(kvmerge_plan & plan, const int32_t * target, int32_t 
     for (int32_t i = 0; i < n; ++i) {
         if (plan.is_folded(i) && plan.is_protected[target[i]]) {
             return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "the plan of layer %d, head %d puts cell %d into %d: the last %d take up nothing",
-                    layer, head, i, target[i], kvmerge_n_keep(params));
+                    layer, head, i, target[i], n_keep);
         }
     }
 
@@ -107,6 +107,9 @@ kvmerge_status kvmerge_planner::fill(
         return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "the caller gave no plan");
     }
 
+    // as the policy's own selection does where there is room for less
+    const int32_t n_keep = std::min(kvmerge_n_keep(params), n_cells);
+
     int64_t n_total = 0; // of all layers
     size_t  row     = 0;
 
@@ -114,7 +117,7 @@ kvmerge_status kvmerge_planner::fill(
         int32_t n_widest = 0;
 
         for (size_t h = 0; h < plans[l].size(); ++h, ++row) {
-            if (const auto status = take(plans[l][h], target.data() + row*n, l, h, params)) {
+            if (const auto status = take(plans[l][h], target.data() + row*n, l, h, n_keep)) {
                 return status;
             }
             n_widest = std::max(n_widest, plans[l][h].n_kept());

@@ -102,7 +102,9 @@ class ArrayPolicy(Policy):
         be.
         """
         score = np.where(layer.held, np.inf, np.where(layer.empty, -np.inf, self.scores(layer)))
-        best = np.argsort(-score, axis=1, kind="stable")[:, :cells]
+        # Of equals the last one first: where there is not even room for all that are held.
+        n = score.shape[1]
+        best = n - 1 - np.argsort(-score[:, ::-1], axis=1, kind="stable")[:, :cells]
         targets = np.full(score.shape, -1)
         np.put_along_axis(targets, best, best, axis=1)
         return np.where(layer.empty, -1, targets)
