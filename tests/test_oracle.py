@@ -134,6 +134,8 @@ def test_second_merge_in_plain_graphs(
         engine.merge(60)
         read_prompt(session, seed=1)
         state = session.save()
+        # the same queries for both: of a sequence that was merged a state holds only some of them
+        assert session.restore(state)
         heads = [(i, h) for i in range(3) for h in range(2)]
         engine.merge(70)
         flow, scores = engine.flow(), [engine.plan(i, h).score for i, h in heads]
