@@ -81,6 +81,8 @@ bool kvmerge_graph::plan_buffers() {
         std::copy_n(nodes[i]->src, GGML_MAX_SRC, before[i].second.begin());
     }
 
+    keep_on_host();
+
     const bool ok = !kvmerge_fails() && ggml_backend_sched_reserve(lctx->get_sched(), gf);
 
     for (int i = 0; i < n_nodes; ++i) {
@@ -88,7 +90,23 @@ bool kvmerge_graph::plan_buffers() {
         std::copy_n(before[i].second.begin(), GGML_MAX_SRC, nodes[i]->src);
     }
 
+    keep_on_host();
+
     return ok;
+}
+
+// A device of another machine says that it takes every operation, and would call a function of ours by its address there.
+void kvmerge_graph::keep_on_host() {
+    ggml_backend_sched_t sched = lctx->get_sched();
+    ggml_backend_t       cpu   = ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1);
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+
+        if (node->op == GGML_OP_CUSTOM) {
+            ggml_backend_sched_set_tensor_backend(sched, node, cpu);
+        }
+    }
 }
 
 bool kvmerge_graph::run() {

@@ -48,6 +48,8 @@ private:
 
     bool plan_buffers();
 
+    void keep_on_host();
+
     llama_context * lctx;
     int             max_nodes;
 
