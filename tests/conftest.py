@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from kvmerge import pocket
 from media_work import Work
 
 Factory = Callable[..., kvmerge.Llama]
+
+GPU_LAYERS = int(os.environ.get("KVMERGE_TEST_GPU_LAYERS", "0"))
+"""-1: model and cache lie on a device (`tools/rpc_tests.py`)."""
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +41,7 @@ def make_llama(*arguments: Any, **options: Any) -> kvmerge.Llama:
         "n_threads_batch": 1,
         "verbose": False,
         "kv_trace": True,
+        "n_gpu_layers": GPU_LAYERS,
         **options,
     }
     return kvmerge.Llama(*(arguments or (pocket.model_path(),)), **options)
@@ -57,7 +62,9 @@ def llama() -> Iterator[Factory]:
     gc.collect()
 
 
-@pytest.fixture(params=[False, True], ids=["host", "device"])
+@pytest.fixture(
+    params=[True] if GPU_LAYERS else [False, True], ids=lambda on: "device" if on else "host"
+)
 def as_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run a test a second time with the CPU treated as any other device."""
     if request.param:

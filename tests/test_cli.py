@@ -22,6 +22,7 @@ WHOLE_RUNS = {
     "doctor": [],
     "eval": ["--methods", "help"],
     "fit": [str(pocket.model_path())],
+    "rpc-server": ["--help"],
     "version": [],
 }
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import _library
+from . import _library, rpc
 from ._python_layer import stated_version
 from .errors import LibraryError
 
@@ -55,7 +55,7 @@ class Device:
 
 
 @lru_cache(maxsize=1)
-def _ggml() -> Any:
+def library() -> Any:
     """Return libggml, with the types of what is called here."""
     ggml: Any = ctypes.CDLL(str(_library.library_file("ggml")))
     base: Any = ctypes.CDLL(str(_library.library_file("ggml-base")))
@@ -65,6 +65,8 @@ def _ggml() -> Any:
         (ggml, "ggml_backend_reg_by_name", handle, [text]),
         (ggml, "ggml_backend_load", handle, [text]),
         (ggml, "ggml_backend_load_all_from_path", None, [text]),
+        (ggml, "ggml_backend_register", None, [handle]),
+        (base, "ggml_backend_reg_get_proc_address", handle, [handle, text]),
         (ggml, "ggml_backend_dev_count", size, []),
         (ggml, "ggml_backend_dev_get", handle, [size]),
         (base, "ggml_backend_dev_name", text, [handle]),
@@ -104,7 +106,7 @@ def _load_package(folder: Path) -> None:
         importlib.import_module(f"{PACKAGES}.{folder.name}")
         for file in sorted([*folder.glob("libggml-*"), *folder.glob("ggml-*")]):
             ctypes.CDLL(str(file))  # says more than ggml does
-            if not _ggml().ggml_backend_load(os.fsencode(file)):
+            if not library().ggml_backend_load(os.fsencode(file)):
                 raise OSError(f"{file} is no back end of this ggml")
     except (ImportError, OSError) as error:
         log.warning(f"{name} is installed and cannot be used: {error}")
@@ -112,14 +114,16 @@ def _load_package(folder: Path) -> None:
 
 @lru_cache(maxsize=1)
 def load() -> None:
-    """Load the modules next to the library and those of packages, where they are separate files.
+    """Load the modules next to the library and those of packages, and the devices of RPC servers.
 
     Raises
     ------
     LibraryError
-        If there is none that runs on this machine.
+        If there is no module that runs on this machine, or a server does not answer.
+    OptionError
+        If the environment names a server in another way than ``host:port``.
     """
-    ggml = _ggml()
+    ggml = library()
     # Each file that is loaded would be a line on stderr.
     importlib.import_module("llama_cpp._logger").set_verbose(False)
     if ggml.ggml_backend_reg_count() == 0:
@@ -127,6 +131,7 @@ def load() -> None:
     for folder in packages():
         if not ggml.ggml_backend_reg_by_name(folder.name.encode()):
             _load_package(folder)
+    rpc.use_servers(ggml)
     if ggml.ggml_backend_reg_count() == 0:
         raise LibraryError(
             f"no ggml backend in {_library.library_folder()} runs on this machine: "
@@ -136,7 +141,7 @@ def load() -> None:
 
 def devices() -> list[Device]:
     """Return all devices, in ggml's order."""
-    ggml = _ggml()
+    ggml = library()
     found = []
     for i in range(ggml.ggml_backend_dev_count()):
         device = ggml.ggml_backend_dev_get(i)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from . import __version__
 from .terminal import accept_any_text, complain, discard
@@ -18,15 +19,20 @@ COMMANDS = {
     "chat": "talk with a model in the terminal, and show it pictures",
     "fit": "say what a model, its cache and its pictures will take, before anything is loaded",
     "doctor": "say which libraries and devices are used, and whether they can merge",
+    "rpc-server": "compute for kvmerge on other machines, over llama.cpp's RPC",
     "version": "print the versions of this package and of what it is built on",
 }
-"""Name of each command, which is also that of its module, and what it does."""
+"""Name of each command, and what it does."""
 
 FAILED, INTERRUPTED, NOBODY_READS = 1, 130, 141
 """Exit statuses; the last two are those of a shell for SIGINT and SIGPIPE."""
 
 TRACEBACK = "KVMERGE_TRACEBACK"
 """Name of the environment variable that asks for tracebacks of unexpected errors."""
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f".commands.{command.replace('-', '_')}", __package__)
 
 
 def parser(command: str | None) -> argparse.ArgumentParser:
@@ -41,7 +47,7 @@ def parser(command: str | None) -> argparse.ArgumentParser:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
         )
         if name == command:
-            import_module(f".commands.{name}", __package__).add_arguments(sub)
+            _module(name).add_arguments(sub)
     return whole
 
 
@@ -80,7 +86,7 @@ def _run(arguments: list[str]) -> int:
 
     name = f"kvmerge {parsed.command}"
     try:
-        status: int = import_module(f".commands.{parsed.command}", __package__).run(parsed)
+        status: int = _module(parsed.command).run(parsed)
     except KVMergeError as error:
         complain(f"{name}: {error}")
         return FAILED
