@@ -1448,11 +1448,20 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
         cur[c] = tokens[cells[kept[c]]];
     }
 
+    const llama_pos pos_last = table.pos_get(cells.back());
+
     for (uint32_t idx : cells) {
         table.rm(idx);
         tokens   [idx] = {};
         is_merged[idx] = 0;
     }
+
+    // What is read next follows on the last token, and a batch of another sequence may come between: so the last cell stands
+    // where that token did, also where the token went into another cell.
+    llama_pos & pos_merged = sequences[seq_id].pos_merged;
+
+    pos_merged = pos.back() < pos_last ? pos_last + 1 : pos[std::max(0, n_cells - std::min(kvmerge_n_keep(params), n_cells))];
+    pos.back() = pos_last;
 
     for (int32_t c = 0; c < n_cells; ++c) {
         table.pos_set(cells[c], pos[c]);
@@ -1462,8 +1471,6 @@ void kvmerge_engine::compact(llama_seq_id seq_id, const std::vector<uint32_t> & 
         tokens   [cells[c]] = cur[c];
         is_merged[cells[c]] = 1;
     }
-
-    sequences[seq_id].pos_merged = pos[std::max(0, n_cells - std::min(kvmerge_n_keep(params), n_cells))];
 
     cache.v_heads[0] = table.used_max_p1();
 
