@@ -25,6 +25,7 @@ SHORT = {
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
     "picture_path": "--quick",
     "quality": "--quick --jobs 1 --out {folder}/answers",
+    "server": "--clients 1 --pictures 2 --questions 1",
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
     "text_fidelity": "{model} {folder} --read 32 --n 1 --methods flowmm --kept 0.5",

@@ -23,6 +23,7 @@ WHOLE_RUNS = {
     "eval": ["--methods", "help"],
     "fit": [str(pocket.model_path())],
     "rpc-server": ["--help"],
+    "serve": ["--help"],
     "version": [],
 }
 

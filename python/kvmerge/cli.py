@@ -16,6 +16,7 @@ from .terminal import accept_any_text, complain, discard
 COMMANDS = {
     "demo": "show pictures to a model, ask about them with the full and the merged cache",
     "eval": "measure what each method costs in answers, over tasks and budgets",
+    "serve": "serve a model over HTTP with a cache that merges: llama-server, and its flags",
     "chat": "talk with a model in the terminal, and show it pictures",
     "fit": "say what a model, its cache and its pictures will take, before anything is loaded",
     "doctor": "say which libraries and devices are used, and whether they can merge",
@@ -23,6 +24,9 @@ COMMANDS = {
     "version": "print the versions of this package and of what it is built on",
 }
 """Name of each command, and what it does."""
+
+PASSES_ON = ("serve",)
+"""Commands that read their arguments themselves, as most are another program's."""
 
 FAILED, INTERRUPTED, NOBODY_READS = 1, 130, 141
 """Exit statuses; the last two are those of a shell for SIGINT and SIGPIPE."""
@@ -81,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    parsed = parser(command).parse_args(arguments)
+    if arguments[:1] == [command] and command in PASSES_ON:
+        parsed = argparse.Namespace(command=command, arguments=arguments[1:])
+    else:
+        parsed = parser(command).parse_args(arguments)
     from .errors import KVMergeError
 
     name = f"kvmerge {parsed.command}"

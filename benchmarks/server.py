@@ -1,0 +1,224 @@
+"""Several people at once: `kvmerge serve` as llama-server is, and with a cache that merges.
+
+Every client shows its own album and asks about it, one question after another in one conversation.
+Printed for both servers are the memory above the files of the model (when the server is ready, its
+peak, and at the end), what the slots hold, the time to the first token of the first question and of
+later ones, the tokens per second of an answer, and the share of right answers.
+
+The server that does not merge is the same program without a flag of merging.  Prompt caches in the
+host's memory are off in both, so that the KV cache is what is compared.
+
+    python benchmarks/server.py
+    python benchmarks/server.py --clients 4 --pictures 12 --questions 10 --kv-max-cells 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from kvmerge import pocket
+
+MIB = 2**20
+
+
+@dataclass
+class Result:
+    """What one server did."""
+
+    ready: float = 0.0  # MiB above the files of the model
+    peak: float = 0.0
+    end: float = 0.0
+    cells: str = "-"
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)  # seconds to the first token
+    later: list[float] = field(default_factory=list)
+    speed: list[float] = field(default_factory=list)  # tokens per second
+    scores: list[float] = field(default_factory=list)
+
+
+class Memory(threading.Thread):
+    """Watches how much memory a process has of its own."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process(pid)
+        self._ended = threading.Event()
+        self.ready = self.peak = self.now()
+
+    def now(self) -> float:
+        return self._process.memory_full_info().uss / MIB
+
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+class Server:
+    """A server of `kvmerge serve`."""
+
+    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
+        self.port, self.process = port, process
+
+    def request(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3600)
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def slots(self) -> list[dict[str, Any]]:
+        return json.loads(self.request("GET", "/slots").read())
+
+
+@contextmanager
+def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    line = [sys.executable, "-m", "kvmerge", "serve", arguments.model]
+    line += ["--mmproj", arguments.mmproj, "--port", str(port), "--parallel"]
+    line += [str(arguments.clients), "--threads", str(arguments.threads), "--cache-ram", "0"]
+    line += ["--ctx-size", str(arguments.ctx_size), "--kv-unified"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([*line, *flags], stdout=log, stderr=subprocess.STDOUT)
+        server = Server(port, process)
+        try:
+            while True:
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"the server did not start:\n{log.read().decode()[-2000:]}")
+                try:
+                    if server.request("GET", "/health").status == 200:
+                        break
+                except OSError:
+                    pass
+                time.sleep(0.1)
+            yield server
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def converse(server: Server, prompt: pocket.Prompt, n: int, result: Result) -> None:
+    said: list[str] = []
+    for i in range(n):
+        body = {
+            "messages": prompt.messages(i, said),
+            "temperature": 0,
+            "max_tokens": 48,
+            "stream": True,
+        }
+        start, first, text, last = time.perf_counter(), 0.0, "", {}
+        for line in server.request("POST", "/v1/chat/completions", body):
+            if not line.startswith(b"data: {"):
+                continue
+            last = json.loads(line[6:])
+            piece = last["choices"][0]["delta"].get("content") if last["choices"] else None
+            if piece:
+                first = first or time.perf_counter() - start
+                text += piece
+        said.append(text.strip())
+        (result.first if i == 0 else result.later).append(first)
+        if timings := last.get("timings"):
+            result.speed.append(timings["predicted_per_second"])
+        question = prompt.questions[i]
+        result.scores.append(pocket.score(question.task, said[-1], question.answer))
+
+
+def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
+    result = Result()
+    prompts = [
+        pocket.make_prompt(
+            np.random.default_rng(seed), arguments.pictures, n_questions=arguments.questions
+        )
+        for seed in range(arguments.clients)
+    ]
+    with serving(arguments, flags) as server:
+        warm_up = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1}
+        server.request("POST", "/v1/chat/completions", warm_up).read()
+        memory = Memory(server.process.pid)
+        memory.start()
+        with ThreadPoolExecutor(arguments.clients) as pool:
+            jobs = [
+                pool.submit(converse, server, prompt, arguments.questions, result)
+                for prompt in prompts
+            ]
+            for job in jobs:
+                job.result()
+        slots = server.slots()
+        memory.stop()
+        files = sum(os.path.getsize(file) for file in (arguments.model, arguments.mmproj)) / MIB
+        result.ready, result.peak = memory.ready - files, memory.peak - files
+        result.end = memory.now() - files
+    result.tokens = sum(slot.get("n_prompt_tokens", 0) for slot in slots)
+    if "kv_merge" in slots[0]:
+        result.cells = str(sum(slot["kv_merge"]["cells"] for slot in slots))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=os.fspath(pocket.model_path()))
+    parser.add_argument("--mmproj", default=os.fspath(pocket.mmproj_path()))
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ctx-size", type=int, default=8192)
+    parser.add_argument("--kv-merge", default="auto")
+    parser.add_argument("--kv-budget", default="0.2")
+    parser.add_argument("--kv-max-cells")
+    arguments = parser.parse_args()
+
+    flags = ["--kv-merge", arguments.kv_merge, "--kv-budget", arguments.kv_budget]
+    if arguments.kv_max_cells:
+        flags += ["--kv-max-cells", arguments.kv_max_cells]
+    runs = {"as llama-server": measure(arguments, []), "merging": measure(arguments, flags)}
+
+    print(
+        f"{arguments.clients} clients, {arguments.pictures} pictures and {arguments.questions} "
+        f"questions each, {Path(arguments.model).name}, {' '.join(flags)}\n"
+    )
+    print(f"{'':32}" + "".join(f"{name:>18}" for name in runs))
+    rows: list[tuple[str, Any]] = [
+        ("tokens of the conversations", lambda r: f"{r.tokens}"),
+        ("cells held at the end", lambda r: r.cells),
+        ("MiB above the model, ready", lambda r: f"{r.ready:.1f}"),
+        ("MiB above the model, peak", lambda r: f"{r.peak:.1f}"),
+        ("MiB above the model, end", lambda r: f"{r.end:.1f}"),
+        ("first token, first question (s)", lambda r: f"{statistics.median(r.first):.2f}"),
+        (
+            "first token, later ones (s)",
+            lambda r: f"{statistics.median(r.later):.2f}" if r.later else "-",
+        ),
+        ("tokens/s of an answer", lambda r: f"{statistics.median(r.speed):.1f}"),
+        ("right answers", lambda r: f"{100 * statistics.mean(r.scores):.0f} %"),
+    ]
+    for name, value in rows:
+        print(f"{name:32}" + "".join(f"{value(run):>18}" for run in runs.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""``kvmerge serve``: llama-server with a cache that merges."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+OURS = ("--kv-merge", "--kv-budget", "--kv-max-cells", "--keep-last-images")
+"""Flags of merging, each of which may also be set in the environment as ``LLAMA_ARG_...``."""
+
+_HELP = """\
+usage: kvmerge serve MODEL [--mmproj MMPROJ] [flags of llama-server]
+
+Serve a model over HTTP: OpenAI's API, as llama-server does, with a cache that merges.
+
+  MODEL                 model (GGUF), or name it with -m
+  --mmproj FILE         its vision or audio part (GGUF)
+  --kv-merge POLICY     how the cache is merged; auto, or one of
+{presets}
+                        (default: none)
+  --kv-budget N         what is kept: a share such as 0.2 (default), or a number of cells;
+                        with auto it is of pictures and sound, and all text stays
+  --kv-max-cells N      the most cells of all slots together, or bytes such as 512MiB
+  --keep-last-images N  last pictures of each slot that merges leave as they are
+  --parallel N          slots: how many are served at once
+
+All other flags are those of llama-server; `kvmerge serve --help-all` lists them.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no options: what follows is read by `run`, and the rest by llama-server."""
+
+
+def settings(given: Mapping[str, str]) -> list[str]:
+    """Check the flags of merging and return them with the settings of the policy.
+
+    Parameters
+    ----------
+    given : mapping
+        Values by flag, of `OURS`.
+
+    Raises
+    ------
+    PolicyError, BudgetError, OptionError
+        If one is not accepted.
+    """
+    from ..budget import Budget
+    from ..byte_size import parse_bytes
+    from ..cap import Cap
+    from ..errors import OptionError
+    from ..policies import resolve
+    from .number import kept
+
+    policy = resolve(given.get("--kv-merge"))
+    if policy is None:
+        for flag in ("--kv-max-cells", "--keep-last-images"):
+            if flag in given:
+                raise OptionError(f"{flag} needs --kv-merge, which is none: say how to merge")
+        return []
+    try:
+        budget = Budget(kept(given.get("--kv-budget", "0.2")))
+    except argparse.ArgumentTypeError as error:
+        raise OptionError(f"--kv-budget: {error}") from None
+    policy.check_budget(budget)
+    arguments = ["--kv-merge", policy.name, "--kv-budget", repr(budget.kept)]
+    params = policy.engine_params()
+    arguments += ["--kv-merge-params", ",".join(f"{k}={float(v)!r}" for k, v in params.items())]
+    if (cells := given.get("--kv-max-cells")) is not None:
+        limit = Cap(int(cells) if cells.isdecimal() else cells).limit
+        if isinstance(limit, str):
+            cells = f"{parse_bytes('--kv-max-cells', limit) // 1024}KiB"
+        arguments += ["--kv-max-cells", cells]
+    if (whole := given.get("--keep-last-images")) is not None:
+        if not whole.isdecimal():
+            raise OptionError(f"--keep-last-images {whole}: it must be a whole number, 0 or more")
+        arguments += ["--keep-last-images", whole]
+    return arguments
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """Return what llama-server is started with."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in OURS:
+        parser.add_argument(flag, dest=flag, default=os.environ.get(_variable(flag)))
+    try:
+        parsed, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        from ..errors import OptionError
+
+        raise OptionError(str(error)) from None
+    given = {flag: value for flag, value in vars(parsed).items() if value is not None}
+    return [*rest, *settings(given)]
+
+
+def _variable(flag: str) -> str:
+    return "LLAMA_ARG_" + flag.strip("-").replace("-", "_").upper()
+
+
+def program() -> Path:
+    """Return the server's file.
+
+    Raises
+    ------
+    LibraryError
+        If the package was built without it.
+    """
+    from .._library import BUILD_AGAIN, library_folder
+    from ..errors import LibraryError
+
+    name = "llama-server.exe" if sys.platform == "win32" else "llama-server"
+    file = library_folder() / name
+    if not file.is_file():
+        raise LibraryError(
+            f"{name} is not in {library_folder()}: this build has no server (KVMERGE_SERVER=OFF); "
+            f"{BUILD_AGAIN}"
+        )
+    return file
+
+
+def environment() -> dict[str, str]:
+    """Return the server's environment: it loads a back end that is a package of its own."""
+    from .. import _backends
+
+    variables = dict(os.environ)
+    # What is read here must not be read again: the flags say it.
+    for flag in OURS:
+        variables.pop(_variable(flag), None)
+    modules = [
+        file
+        for folder in _backends.packages()
+        for file in sorted([*folder.glob("libggml-*"), *folder.glob("ggml-*")])
+    ]
+    if modules:
+        variables.setdefault("GGML_BACKEND_PATH", os.fspath(modules[0]))
+    return variables
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Become the server, or on Windows wait for it; return its exit status."""
+    given: list[str] = arguments.arguments
+    if not given or given[0] in ("-h", "--help"):
+        from ..policies import presets
+
+        indent = " " * 24
+        names = textwrap.fill(
+            ", ".join(presets()), 88, initial_indent=indent, subsequent_indent=indent
+        )
+        print(_HELP.format(presets=names))
+        raise SystemExit(0 if given else 2)
+    line = [os.fspath(program())]
+    line += ["--help"] if given[0] == "--help-all" else command_line(given)
+    sys.stdout.flush()
+    if sys.platform != "win32":
+        os.execve(line[0], line, environment())
+    try:
+        return subprocess.call(line, env=environment())
+    except KeyboardInterrupt:
+        return 0
