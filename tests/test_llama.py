@@ -275,6 +275,12 @@ def test_a_cap_holds_for_what_something_else_reads(llama: Factory) -> None:
         decode(llm, list(range(64)), at)
     stats = llm.kv_stats()
     assert (stats.tokens, stats.elsewhere) == (1024, 1024)
+    # Every merge is in the list, not only the last one that somebody looked at.
+    assert llm.engine
+    assert len(stats.merges) == llm.engine.stats().n_merges > 2
+    assert [merge.tokens for merge in stats.merges] == sorted({m.tokens for m in stats.merges})
+    with pytest.raises(kvmerge.KVMergeError, match="no merge"):
+        llm.engine.merges(len(stats.merges) + 1)
     assert stats.merges
     assert stats.cells <= 512
 

@@ -46,7 +46,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 11
+#define KVMERGE_API_VERSION 12
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -295,6 +295,10 @@ KVMERGE_API int32_t kvmerge_layer_cells(const struct kvmerge_engine * engine, in
 KVMERGE_API int64_t kvmerge_layer_bytes(const struct kvmerge_engine * engine, int32_t layer);
 
 KVMERGE_API int32_t kvmerge_get_stats(const struct kvmerge_engine * engine, struct kvmerge_stats * stats);
+
+// The same for an earlier merge: one llama_decode() may have to merge more than once.
+//   n_back  merges before the last one, [0, 63]; a merge from before a state was restored is not known any more (STATE)
+KVMERGE_API int32_t kvmerge_get_merge(const struct kvmerge_engine * engine, int32_t n_back, struct kvmerge_stats * stats);
 
 // Cross-modal flow of the last merge (FlowMM eq. 6-7), one value a layer, each array [n_layers]:
 //   rho            share of all attention that crosses modalities

@@ -193,6 +193,21 @@ int32_t kvmerge_get_stats(const struct kvmerge_engine * engine, struct kvmerge_s
     return KVMERGE_OK;
 }
 
+int32_t kvmerge_get_merge(const struct kvmerge_engine * engine, int32_t n_back, struct kvmerge_stats * stats) {
+    return guarded([&]() -> int32_t {
+        if (n_back < 0 || n_back >= kvmerge_engine::MAX_RECENT) {
+            return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_back is %d, accepted is 0 to %d", n_back, kvmerge_engine::MAX_RECENT - 1);
+        }
+        if (n_back >= engine->n_recent) {
+            return kvmerge_error(KVMERGE_ERROR_STATE, "there is no merge %d before the last one", n_back);
+        }
+
+        *stats = engine->recent[(engine->stats.n_merges - n_back) % kvmerge_engine::MAX_RECENT];
+
+        return KVMERGE_OK;
+    });
+}
+
 int32_t kvmerge_get_flow(const struct kvmerge_engine * engine, float * rho, float * text_to_media, float * media_to_text, int32_t capacity) {
     return guarded([&]() -> int32_t {
         const auto & flows = engine->flows;

@@ -1379,6 +1379,9 @@ kvmerge_status kvmerge_engine::merge_cells(
     stats.t_fold_us      = t_end   - t_match;
     stats.t_total_us     = t_end   - t_start;
 
+    recent[stats.n_merges % MAX_RECENT] = stats;
+    n_recent++;
+
     LLAMA_LOG_INFO("%s: sequence %d: %d tokens, %d positions, %zu -> %d cells in %.1f ms\n", __func__, seq_id,
             stats.n_tokens, cache.seq_pos_max(seq_id) + 1, cells.size(), n_after, stats.t_total_us/1000.0);
 

@@ -13,6 +13,7 @@
 #include "ggml-cpp.h"
 #include "llama.h"
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -145,6 +146,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // K and V bytes of one cell of a layer
     static size_t bytes_per_cell(const kvmerge_layer & layer);
 
+    static constexpr int32_t MAX_RECENT = 64;
+
     llama_kv_cache & cache;
     llama_context  * lctx;
 
@@ -169,6 +172,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     // figures of the last merge
     kvmerge_stats                          stats = {};
+    std::array<kvmerge_stats, MAX_RECENT>  recent;       // of the last merges: that of number i lies at i % MAX_RECENT
+    int32_t                                n_recent = 0; // merges since a state was restored
     std::vector<kvmerge_flow>              flows; // [layer]
     std::vector<std::vector<kvmerge_plan>> plans; // [layer][head]
 

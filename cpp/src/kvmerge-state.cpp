@@ -698,6 +698,7 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
     }
 
     stats = stats_saved;
+    n_recent = 0; // those merges were of another past
     flows = flows_saved;
     plans.clear(); // what became of every token is not saved
 

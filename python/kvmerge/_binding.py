@@ -456,6 +456,16 @@ class Engine:
             **{name: int(getattr(native, name)) for name in EngineStats.__dataclass_fields__}
         )
 
+    def merges(self, count: int) -> list[EngineStats]:
+        """Return the figures of the last merges, the newest at the end; of 64 at most."""
+        native = self._ffi.new("struct kvmerge_stats *")
+        found = []
+        for back in reversed(range(min(count, 64))):
+            self._check(self._library.kvmerge_get_merge(self._engine, back, native))
+            names = EngineStats.__dataclass_fields__
+            found.append(EngineStats(**{name: int(getattr(native, name)) for name in names}))
+        return found
+
     def flow(self) -> Flow:
         """Return the cross-modal flow of the last merge."""
         n = self.stats().n_layers

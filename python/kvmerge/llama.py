@@ -56,7 +56,7 @@ llama_cpp = _library.load()
 from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
-from ._binding import Engine, small_beginning  # noqa: E402
+from ._binding import Engine, EngineStats, small_beginning  # noqa: E402
 from .request import Request  # noqa: E402
 
 if TYPE_CHECKING:
@@ -943,29 +943,31 @@ class Llama(StockLlama):
         return sum(span.end - span.start for span in spans[max(0, len(spans) - self._whole) :])
 
     def _note_merge(self, before: int | None = None, bytes_before: float | None = None) -> None:
-        """Note the last merge, if the engine has merged since: we asked, or a batch needed room."""
+        """Note every merge since the last one noted: we asked, or batches needed room."""
         if self._engine is None:
             return
-        last = self._engine.stats()
-        if last.n_merges == self._n_merges:
-            return
-        self._n_merges = last.n_merges
-        if before is None or bytes_before is None:
-            before = last.n_cells_before
-            bytes_before = before * last.bytes_per_cell
-        ms, after = last.t_total_us / 1000, round(last.bytes_after / last.bytes_per_cell)
-        text, text_after = last.n_text_before, last.n_text_after
-        self._merges.append(MergeRecord(last.n_tokens, before, after, ms, text, text_after))
+        count = self._engine.stats().n_merges - self._n_merges
+        self._n_merges += count
+        for merge in self._engine.merges(count):
+            cells, held = merge.n_cells_before, merge.n_cells_before * merge.bytes_per_cell
+            if before is not None and bytes_before is not None:
+                cells, held = before, bytes_before
+            self._note(merge, cells, held)
+
+    def _note(self, merge: EngineStats, before: int, bytes_before: float) -> None:
+        ms, after = merge.t_total_us / 1000, round(merge.bytes_after / merge.bytes_per_cell)
+        text, text_after = merge.n_text_before, merge.n_text_after
+        self._merges.append(MergeRecord(merge.n_tokens, before, after, ms, text, text_after))
         log.info(
             "merged %d cells into %d (%s; %d tokens, %d positions), %.2f MiB into %.2f MiB, "
             "%.1f ms",
             before,
             after,
             f"text: {text} into {text_after}" if text_after < text else "all text kept",
-            last.n_tokens,
-            self._position(last.n_tokens),
+            merge.n_tokens,
+            self._position(merge.n_tokens),
             bytes_before / _MIB,
-            last.bytes_after / _MIB,
+            merge.bytes_after / _MIB,
             ms,
         )
 
