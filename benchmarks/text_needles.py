@@ -63,7 +63,7 @@ def hide(rng: np.random.Generator, task: str, prose: list[str]) -> Needle:
         asked, wanted = words[which], [numbers[which]]
     sentences = list(prose)
     for place, sentence in zip(
-        sorted(rng.choice(len(sentences), len(facts), replace=False), reverse=True),
+        sorted(rng.integers(0, len(sentences) + 1, len(facts)), reverse=True),
         rng.permutation(facts),
         strict=True,
     ):

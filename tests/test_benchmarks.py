@@ -29,12 +29,13 @@ SHORT = {
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
     "text_fidelity": "{model} {folder} --read 32 --n 1 --methods flowmm --kept 0.5",
+    "text_needles": "{model} {folder} --read 64 --n 1 --methods auto keydiff --kept 0.5",
     "architectures": "--models {folder}",
     "fuzz_states": "--no-build --plain --libraries {libraries} --states 6 --jobs 1",
 }
 """What makes each of them short.  What they find is not looked at: the machine may be busy."""
 
-TAKES_MINUTES = ["upstream_tests"]
+TAKES_MINUTES = ["rpc_tests", "upstream_tests"]
 TRIED_ELSEWHERE = ["supports_op"]
 """By a test of its own, which also reads what it prints."""
 
