@@ -37,7 +37,6 @@ def words(n: int, seed: int = 0) -> list[int]:
 class Drawn(ArrayPolicy):
     """Anything that is allowed, drawn by lot; heads keep different numbers of cells."""
 
-    name: ClassVar[str] = "drawn by lot"
     bias: str = "count"
 
     def targets(self, layer: Layer, cells: int) -> Any:
@@ -95,7 +94,6 @@ def test_any_plan_is_carried_out(
 class Twins(ArrayPolicy):
     """Folds each cell of a picture into the first one of it."""
 
-    name: ClassVar[str] = "twins"
     bias: str = "count"
 
     def targets(self, layer: Layer, cells: int) -> Any:
@@ -277,8 +275,6 @@ def test_a_new_file_runs_by_its_name(
 @dataclass(frozen=True, kw_only=True)
 class Failing(ArrayPolicy):
     """Raises when it is asked."""
-
-    name: ClassVar[str] = "failing"
 
     def scores(self, layer: Layer) -> Any:
         raise LookupError("the method has no answer")
