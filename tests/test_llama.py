@@ -285,6 +285,19 @@ def test_a_cap_holds_for_what_something_else_reads(llama: Factory) -> None:
     assert stats.cells <= 512
 
 
+def test_stats_where_something_else_restored_a_merged_state(llama: Factory) -> None:
+    llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.3)
+    llm.create_completion(TEXT, max_tokens=1)
+    cells = llm.kv_stats().cells
+    size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+    state = (llama_cpp.ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(llm.ctx, state, size, 0) == size
+    other = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.3)
+    assert llama_cpp.llama_state_seq_set_data(other.ctx, state, size, 0) == size
+    stats = other.kv_stats()
+    assert (stats.cells, stats.merges) == (cells, ())
+
+
 def test_stats_of_layers_that_differ(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="pyramid", kv_budget=0.4)
     llm.create_completion(TEXT, max_tokens=2)

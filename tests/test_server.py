@@ -302,6 +302,7 @@ def test_bad_flags_are_refused_at_the_start() -> None:
     assert "Did you mean 'auto'" in refusal("--kv-merge", "atuo")
     assert "--kv-budget" in refusal("--kv-merge", "auto", "--kv-budget", "1.5")
     assert "kv_max_cells" in refusal("--kv-merge", "auto", "--kv-max-cells", "100")
+    assert "is Python" in refusal("--kv-merge", "keydiff")
     assert "needs --kv-merge" in refusal("--kv-max-cells", "1024")
     assert "--keep-last-images" in refusal("--kv-merge", "auto", "--keep-last-images", "-1")
 

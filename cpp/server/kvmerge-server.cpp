@@ -225,17 +225,22 @@ void kvmerge_server_decoded() {
 
     std::lock_guard<std::mutex> lock(state.mutex);
 
-    if (stats.n_merges == state.now.n_merges) {
-        return;
+    // as many as there are slots; a slot that was restored brings the number of its own past, and no merge
+    const int32_t n_new = stats.n_merges - state.now.n_merges;
+
+    state.now.n_merges = stats.n_merges;
+
+    for (int32_t n_back = std::min(n_new, 64) - 1; n_back >= 0; --n_back) {
+        if (kvmerge_get_merge(state.engine, n_back, &stats) != KVMERGE_OK) {
+            continue;
+        }
+
+        state.now.t_merges_us += stats.t_total_us;
+
+        SRV_INF("merged %d cells into %d (%d tokens, text: %d into %d), %.2f MiB into %.2f MiB, %.1f ms\n",
+                stats.n_cells_before, (int) (stats.bytes_after/stats.bytes_per_cell), stats.n_tokens, stats.n_text_before, stats.n_text_after,
+                stats.n_cells_before*stats.bytes_per_cell/MIB, stats.bytes_after/MIB, stats.t_total_us/1000.0);
     }
-
-    // of several, as many as there are slots, the engine tells of the last
-    state.now.n_merges     = stats.n_merges;
-    state.now.t_merges_us += stats.t_total_us;
-
-    SRV_INF("merged %d cells into %d (%d tokens, text: %d into %d), %.2f MiB into %.2f MiB, %.1f ms\n",
-            stats.n_cells_before, (int) (stats.bytes_after/stats.bytes_per_cell), stats.n_tokens, stats.n_text_before, stats.n_text_after,
-            stats.n_cells_before*stats.bytes_per_cell/MIB, stats.bytes_after/MIB, stats.t_total_us/1000.0);
 }
 
 // What the tokens of a slot are.
@@ -301,7 +306,7 @@ bool kvmerge_server_merge(int32_t id_slot, const server_tokens & tokens) {
     }
     kvmerge_server_decoded();
 
-    return status != KVMERGE_ERROR_COMPUTE;
+    return status != KVMERGE_ERROR_CLEARED;
 }
 
 //

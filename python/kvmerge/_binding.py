@@ -338,8 +338,8 @@ class Engine:
             merged raises.  None lets the policy decide.
         """
         if planner is None:
-            self._planner = None
             self._library.kvmerge_set_planner(self._engine, self._ffi.NULL, self._ffi.NULL)
+            self._planner = None
             return
 
         def ask(_: Any, question: Any) -> int:
@@ -350,11 +350,12 @@ class Engine:
                 return 1
             return 0
 
-        # The library calls it as long as it is set: it lives with the engine.
-        self._planner = self._ffi.callback(
+        callback = self._ffi.callback(
             "int32_t(void *, const struct kvmerge_question *)", ask, error=1
         )
-        self._library.kvmerge_set_planner(self._engine, self._planner, self._ffi.NULL)
+        self._library.kvmerge_set_planner(self._engine, callback, self._ffi.NULL)
+        # The library calls it as long as it is set, and not the one before any more.
+        self._planner = callback
 
     def raise_problem(self) -> None:
         """Raise what the planner of the last merge raised, if it did."""
@@ -452,9 +453,12 @@ class Engine:
         """Return the figures of the last merge."""
         native = self._ffi.new("struct kvmerge_stats *")
         self._check(self._library.kvmerge_get_stats(self._engine, native))
-        return EngineStats(
-            **{name: int(getattr(native, name)) for name in EngineStats.__dataclass_fields__}
-        )
+        return self._figures(native)
+
+    @staticmethod
+    def _figures(native: Any) -> EngineStats:
+        names = EngineStats.__dataclass_fields__
+        return EngineStats(**{name: int(getattr(native, name)) for name in names})
 
     def merges(self, count: int) -> list[EngineStats]:
         """Return the figures of the last merges, the newest at the end; of 64 at most."""
@@ -462,8 +466,7 @@ class Engine:
         found = []
         for back in reversed(range(min(count, 64))):
             self._check(self._library.kvmerge_get_merge(self._engine, back, native))
-            names = EngineStats.__dataclass_fields__
-            found.append(EngineStats(**{name: int(getattr(native, name)) for name in names}))
+            found.append(self._figures(native))
         return found
 
     def flow(self) -> Flow:

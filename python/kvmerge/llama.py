@@ -948,7 +948,11 @@ class Llama(StockLlama):
             return
         count = self._engine.stats().n_merges - self._n_merges
         self._n_merges += count
-        for merge in self._engine.merges(count):
+        try:
+            merges = self._engine.merges(count)
+        except StateError:
+            return  # A state was restored past this class: those merges were of another past.
+        for merge in merges:
             cells, held = merge.n_cells_before, merge.n_cells_before * merge.bytes_per_cell
             if before is not None and bytes_before is not None:
                 cells, held = before, bytes_before

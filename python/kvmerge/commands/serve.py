@@ -53,8 +53,8 @@ def settings(given: Mapping[str, str]) -> list[str]:
     from ..budget import Budget
     from ..byte_size import parse_bytes
     from ..cap import Cap
-    from ..errors import OptionError
-    from ..policies import resolve
+    from ..errors import OptionError, PolicyError
+    from ..policies import ArrayPolicy, resolve
     from .number import kept
 
     policy = resolve(given.get("--kv-merge"))
@@ -63,6 +63,10 @@ def settings(given: Mapping[str, str]) -> list[str]:
             if flag in given:
                 raise OptionError(f"{flag} needs --kv-merge, which is none: say how to merge")
         return []
+    if isinstance(policy, ArrayPolicy):
+        raise PolicyError(
+            f"--kv-merge {policy.name}: this method is Python, which llama-server does not run"
+        )
     try:
         budget = Budget(kept(given.get("--kv-budget", "0.2")))
     except argparse.ArgumentTypeError as error:
@@ -147,11 +151,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Become the server, or on Windows wait for it; return its exit status."""
     given: list[str] = arguments.arguments
     if not given or given[0] in ("-h", "--help"):
-        from ..policies import presets
+        from ..policies import PRESETS, ArrayPolicy
 
         indent = " " * 24
+        served = [n for n, policy in PRESETS.items() if not isinstance(policy, ArrayPolicy)]
         names = textwrap.fill(
-            ", ".join(presets()), 88, initial_indent=indent, subsequent_indent=indent
+            ", ".join(served), 88, initial_indent=indent, subsequent_indent=indent
         )
         print(_HELP.format(presets=names))
         raise SystemExit(0 if given else 2)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .._binding import Engine, Planner, Question
 
 Array = npt.NDArray[np.float32]
-Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
