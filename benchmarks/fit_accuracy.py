@@ -49,7 +49,7 @@ def measure_random(model: str, cache: str, flash_attention: bool, merged: bool) 
     """Read a prompt with a random model, and merge it."""
     import numpy as np
 
-    from kvmerge.native_log import caught
+    from kvmerge.native.log import caught
     from kvmerge.policies import PRESETS
     from kvmerge.resident import resident
     from session import Session
@@ -87,7 +87,7 @@ def measure_pocket(picture: str, flash_attention: bool, merged: bool) -> Any:
 
     from kvmerge import pocket
     from kvmerge.llama import Llama
-    from kvmerge.native_log import caught
+    from kvmerge.native.log import caught
     from kvmerge.resident import resident
 
     data = Path(picture).read_bytes()

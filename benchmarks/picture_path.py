@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 import kvmerge
 from kvmerge import pocket
-from kvmerge.image_merge import DEFAULT_THRESHOLD, ImageMerge, MergedTokens, merged_by
+from kvmerge.media.image_merge import DEFAULT_THRESHOLD, ImageMerge, MergedTokens, merged_by
 
 Embeddings = npt.NDArray[np.float32]
 

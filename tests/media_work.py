@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 import kvmerge
-from kvmerge import _library, media
+from kvmerge.media import part as media
+from kvmerge.native import loading
 
-llama_cpp = _library.load()
+llama_cpp = loading.load()
 from llama_cpp import mtmd_cpp  # noqa: E402
 
 

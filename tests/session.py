@@ -29,10 +29,10 @@ if STOCK:
 
     import llama_cpp  # isort: skip
 else:
-    from kvmerge import _library
-    from kvmerge._binding import Engine, small_beginning
+    from kvmerge.native import loading
+    from kvmerge.native.binding import Engine, small_beginning
 
-    llama_cpp = _library.load()
+    llama_cpp = loading.load()
 
 GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from conftest import Factory, answer
 from kvmerge import MediaAccess, errors
-from kvmerge import access as access_module
-from kvmerge.access import AccessError, is_public
 from kvmerge.media import MediaPart
+from kvmerge.media import access as access_module
+from kvmerge.media.access import AccessError, is_public
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:

@@ -13,11 +13,11 @@ import pytest
 
 import kvmerge
 from conftest import Factory
-from kvmerge import _backends, _library
-from kvmerge._backends import Device
-from kvmerge._python_layer import stated_version
+from kvmerge.native import backends, library
+from kvmerge.native.backends import Device
+from kvmerge.native.python_layer import stated_version
 
-MODULE = _library.library_folder() / "libggml-cpu.so"
+MODULE = library.library_folder() / "libggml-cpu.so"
 
 READ = """
 import kvmerge
@@ -35,10 +35,10 @@ def package(tmp_path: Path) -> Path:
         pytest.skip("the CPU's back end is no file of its own here")
     libraries = tmp_path / "lib"
     libraries.mkdir()
-    for file in _library.library_folder().iterdir():
+    for file in library.library_folder().iterdir():
         if not file.name.startswith("libggml-cpu"):
             (libraries / file.name).symlink_to(file)
-    folder = tmp_path / "site" / _backends.PACKAGES / "cpu"
+    folder = tmp_path / "site" / backends.PACKAGES / "cpu"
     folder.mkdir(parents=True)
     shutil.copy2(MODULE, folder)
     (folder / "__init__.py").write_text(f'__version__ = "{kvmerge.__version__}"\n')
@@ -118,7 +118,7 @@ def test_packages_are_of_the_version_of_kvmerge(name: str) -> None:
     version = kvmerge.__version__
     assert f'name = "kvmerge-{name}"\nversion = "{version}"' in project
     assert f'"kvmerge=={version}"' in project
-    folder = ROOT / "packages" / name / _backends.PACKAGES / name
+    folder = ROOT / "packages" / name / backends.PACKAGES / name
     assert stated_version(folder) == version
     assert f'{name} = ["kvmerge-{name}=={version}"]' in (ROOT / "pyproject.toml").read_text()
 
@@ -167,11 +167,11 @@ def test_a_faster_device_that_is_unused_is_named_once(
     warning: str,
     used: str,
 ) -> None:
-    monkeypatch.setattr(_backends, "devices", lambda: devices)
-    _backends._warn_unused.cache_clear()
+    monkeypatch.setattr(backends, "devices", lambda: devices)
+    backends._warn_unused.cache_clear()
     caplog.set_level(logging.INFO, "kvmerge")
     for _ in range(2):
-        _backends.log_device(n_gpu_layers)
+        backends.log_device(n_gpu_layers)
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == bool(warning)
     assert all(message.startswith(warning) for message in warnings)
@@ -179,5 +179,5 @@ def test_a_faster_device_that_is_unused_is_named_once(
 
 
 def test_hardware_that_is_served_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "devices", lambda: [GPU, CPU])
-    assert _backends.unserved_hardware() is None
+    monkeypatch.setattr(backends, "devices", lambda: [GPU, CPU])
+    assert backends.unserved_hardware() is None

@@ -17,7 +17,7 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 from conftest import Factory, answer
 from gemma_model import write_gemma_mmproj
 from kvmerge import Mosaic, errors, pocket
-from kvmerge.chat import ChatHandler
+from kvmerge.chat.handler import ChatHandler
 from kvmerge.prompt import placeholder_ids
 
 PER_PICTURE = 64

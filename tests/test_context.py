@@ -12,7 +12,7 @@ import pytest
 import kvmerge
 from conftest import Factory
 from kvmerge import errors, pocket
-from kvmerge.chat import ChatHandler
+from kvmerge.chat.handler import ChatHandler
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 TEXT = [{"role": "user", "content": "The code of the old box is 123. " * 10}]

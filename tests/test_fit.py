@@ -16,11 +16,11 @@ import pytest
 import kvmerge
 from kvmerge import cli, pocket
 from kvmerge.byte_size import parse_bytes
-from kvmerge.dry_load import CacheSize, ContextOptions, ContextSizes, DryModel, GraphSizes
 from kvmerge.errors import OptionError, ProjectorError, StateError
-from kvmerge.native_log import caught
+from kvmerge.estimate.dry_load import CacheSize, ContextOptions, ContextSizes, DryModel, GraphSizes
+from kvmerge.estimate.projector_size import DryProjector
+from kvmerge.native.log import caught
 from kvmerge.policies import PRESETS
-from kvmerge.projector_size import DryProjector
 from mrope_model import PICTURE, PICTURE_TOKENS, write_mrope_model
 from random_model import Shape, write_random_model
 from session import Session

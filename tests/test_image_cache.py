@@ -19,8 +19,8 @@ from PIL import Image
 import kvmerge
 from conftest import Factory, answer
 from kvmerge import errors, pocket
-from kvmerge.chat import ChatHandler
-from kvmerge.image_cache import SUFFIX, Encoded, ImageCache
+from kvmerge.chat.handler import ChatHandler
+from kvmerge.media.image_cache import SUFFIX, Encoded, ImageCache
 from media_work import Work, large, logits, sound
 from mrope_model import write_mrope_model
 from projector_models import SLICE_TOKENS, SOUND_TOKENS, write_audio_mmproj, write_sliced_mmproj

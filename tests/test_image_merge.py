@@ -12,9 +12,9 @@ import pytest
 
 import kvmerge
 from conftest import Factory, answer
-from kvmerge import chat as chat_module
 from kvmerge import errors, pocket
-from kvmerge.image_merge import DEFAULT_THRESHOLD, ImageMerge
+from kvmerge.chat import handler as chat_module
+from kvmerge.media.image_merge import DEFAULT_THRESHOLD, ImageMerge
 from kvmerge.progress import ReadingProgress
 from media_work import Work, large, logits, sound
 from mrope_model import write_mrope_model

@@ -13,8 +13,8 @@ import numpy
 import pytest
 
 import kvmerge
-from kvmerge import _binding, _library, _python_layer
 from kvmerge.errors import LibraryError
+from kvmerge.native import binding, library, loading, python_layer
 
 USE = """
 import kvmerge, llama_cpp
@@ -29,10 +29,10 @@ print(llama_cpp.__file__)
 """A program that uses llama_cpp on its own, and prints which one it got."""
 
 # Without an installed llama-cpp-python there is one to import first only in our own folder.
-FIND_LAYER = f"import sys; sys.path.append({str(_python_layer.CARRIED.parent)!r}); "
+FIND_LAYER = f"import sys; sys.path.append({str(python_layer.CARRIED.parent)!r}); "
 
 needs_copy = pytest.mark.skipif(
-    not _python_layer.CARRIED.is_dir(),
+    not python_layer.CARRIED.is_dir(),
     reason="libraries from KVMERGE_LIB_PATH: the package carries no Python layer",
 )
 
@@ -40,7 +40,7 @@ needs_copy = pytest.mark.skipif(
 def python(
     code: str, *options: str, input: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k not in _library._PATH_VARIABLES}
+    variables = {k: v for k, v in os.environ.items() if k not in loading._PATH_VARIABLES}
     return subprocess.run(
         [sys.executable, *options, "-c", code],
         input=input,
@@ -84,7 +84,7 @@ def test_import_is_light() -> None:
 
 def test_llama_cpp_uses_our_library() -> None:
     result = python("import kvmerge, llama_cpp.llama_cpp as n; print(n._base_path)")
-    assert Path(result.stdout.strip()) == _library.library_folder(), result.stderr
+    assert Path(result.stdout.strip()) == library.library_folder(), result.stderr
 
 
 def test_llama_is_a_llama_cpp_llama() -> None:
@@ -95,31 +95,31 @@ def test_llama_is_a_llama_cpp_llama() -> None:
 @needs_copy
 def test_the_copy_serves_where_nothing_is_installed(alone: Path) -> None:
     result = python(USE, "-S", PYTHONPATH=str(alone))
-    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+    assert Path(result.stdout.strip()).parent == python_layer.CARRIED, result.stderr
     assert result.stderr == ""
 
 
 @needs_copy
 def test_an_installed_one_of_the_same_version_is_used(alone: Path) -> None:
-    package = install(_python_layer.CARRIED, alone)
+    package = install(python_layer.CARRIED, alone)
     result = python(USE, "-S", PYTHONPATH=str(alone))
     assert Path(result.stdout.strip()).parent == package, result.stderr
 
 
 @needs_copy
 def test_the_copy_goes_before_an_installed_one_of_another_version(alone: Path) -> None:
-    package = install(_python_layer.CARRIED, alone)
+    package = install(python_layer.CARRIED, alone)
     init = package / "__init__.py"
-    init.write_text(init.read_text().replace(_library.LLAMA_CPP_PYTHON, "0.3.1"))
+    init.write_text(init.read_text().replace(library.LLAMA_CPP_PYTHON, "0.3.1"))
     result = python(USE, "-S", PYTHONPATH=str(alone))
-    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+    assert Path(result.stdout.strip()).parent == python_layer.CARRIED, result.stderr
 
 
 @needs_copy
 def test_a_folder_of_that_name_is_no_package(alone: Path) -> None:
     (alone / "llama_cpp").mkdir()
     result = python(USE, "-S", PYTHONPATH=str(alone))
-    assert Path(result.stdout.strip()).parent == _python_layer.CARRIED, result.stderr
+    assert Path(result.stdout.strip()).parent == python_layer.CARRIED, result.stderr
 
 
 def test_neither_a_copy_nor_an_installed_one(alone: Path) -> None:
@@ -129,7 +129,7 @@ def test_neither_a_copy_nor_an_installed_one(alone: Path) -> None:
         alone / "kvmerge",
         ignore=shutil.ignore_patterns("_vendor", "lib", "*.gguf"),
     )
-    libraries = str(_library.library_folder())
+    libraries = str(library.library_folder())
     result = python(
         "import kvmerge; kvmerge.Llama", "-S", PYTHONPATH=str(alone), KVMERGE_LIB_PATH=libraries
     )
@@ -159,12 +159,12 @@ def test_a_pickled_model_brings_its_layer_along(alone: Path) -> None:
 def test_the_licence_of_the_copy_is_shipped() -> None:
     ours = Path(__file__).parent.parent / "licenses" / "llama-cpp-python.txt"
     assert "Andrei Betlen" in ours.read_text()
-    if _python_layer.CARRIED.is_dir():
-        assert (_python_layer.CARRIED / "LICENSE.md").read_text() == ours.read_text()
+    if python_layer.CARRIED.is_dir():
+        assert (python_layer.CARRIED / "LICENSE.md").read_text() == ours.read_text()
 
 
 def test_llama_cpp_imported_first(tmp_path: Path) -> None:
-    shutil.copytree(_library.library_folder(), tmp_path / "stock")
+    shutil.copytree(library.library_folder(), tmp_path / "stock")
     stock = str(tmp_path / "stock")
     result = python(
         f"{FIND_LAYER}import llama_cpp, kvmerge", LLAMA_CPP_LIB_PATH=stock, MTMD_CPP_LIB=stock
@@ -176,7 +176,7 @@ def test_llama_cpp_imported_first(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_imported_first_from_our_folder_is_fine() -> None:
-    ours = str(_library.library_folder())
+    ours = str(library.library_folder())
     result = python(
         f"{FIND_LAYER}import llama_cpp, kvmerge; print(kvmerge.Llama.__name__)",
         LLAMA_CPP_LIB_PATH=ours,
@@ -193,7 +193,7 @@ def test_missing_library(tmp_path: Path) -> None:
 
 def test_broken_library(tmp_path: Path) -> None:
     for name in ("llama", "mtmd", "ggml"):
-        (tmp_path / _library.library_file(name).name).write_bytes(b"not a library")
+        (tmp_path / library.library_file(name).name).write_bytes(b"not a library")
     result = python("import kvmerge; kvmerge.Llama", KVMERGE_LIB_PATH=str(tmp_path))
     assert "LibraryError" in last_line(result)
 
@@ -203,38 +203,38 @@ def test_other_version_of_llama_cpp_python() -> None:
         "import kvmerge, llama_cpp; llama_cpp.__version__ = '0.3.1'; kvmerge.Llama",
     )
     assert "LibraryError" in last_line(result)
-    assert _library.LLAMA_CPP_PYTHON in last_line(result)
+    assert library.LLAMA_CPP_PYTHON in last_line(result)
     assert "0.3.1" in last_line(result)
 
 
 def test_struct_layout() -> None:
     with pytest.raises(LibraryError, match=r"params\.type_k is 7 where 1 was expected"):
-        _library._check_layout("params", SimpleNamespace(type_k=7), {"type_k": 1})
+        loading._check_layout("params", SimpleNamespace(type_k=7), {"type_k": 1})
 
 
 def test_unpatched_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    ffi, _, version = _binding._native()
-    monkeypatch.setattr(_binding, "_native", lambda: (ffi, SimpleNamespace(), version))
+    ffi, _, version = binding._native()
+    monkeypatch.setattr(binding, "_native", lambda: (ffi, SimpleNamespace(), version))
     with pytest.raises(LibraryError, match="without the kvmerge patch"):
-        _binding.check()
+        binding.check()
 
 
 def test_library_of_another_api_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    ffi, library, version = _binding._native()
-    monkeypatch.setattr(_binding, "_native", lambda: (ffi, library, version + 1))
+    ffi, library, version = binding._native()
+    monkeypatch.setattr(binding, "_native", lambda: (ffi, library, version + 1))
     with pytest.raises(LibraryError, match=f"expects {version + 1}"):
-        _binding.check()
+        binding.check()
 
 
 def test_params_struct_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    ffi, library, version = _binding._native()
+    ffi, library, version = binding._native()
     other = SimpleNamespace(
         kvmerge_api_version=library.kvmerge_api_version,
         kvmerge_params_default=lambda: SimpleNamespace(size=3),
     )
-    monkeypatch.setattr(_binding, "_native", lambda: (ffi, other, version))
+    monkeypatch.setattr(binding, "_native", lambda: (ffi, other, version))
     with pytest.raises(LibraryError, match="struct kvmerge_params has 3 bytes"):
-        _binding.check()
+        binding.check()
 
 
 def test_unknown_attribute() -> None:

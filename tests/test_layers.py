@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmerge._binding import Engine
+from kvmerge.native.binding import Engine
 from kvmerge.policies import PRESETS
 from random_model import Shape, write_random_model
 from session import Session, llama_cpp

@@ -14,7 +14,8 @@ import pytest
 
 import kvmerge
 from conftest import Factory, answer
-from kvmerge import _binding, errors, pocket
+from kvmerge import errors, pocket
+from kvmerge.native import binding
 from kvmerge.policies import resolve
 
 TEXT = " ".join(
@@ -416,7 +417,7 @@ def test_policies_are_shown_with_what_can_be_chosen() -> None:
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    ffi, library, _ = _binding._native()
+    ffi, library, _ = binding._native()
     native = library.kvmerge_params_default()
     names = {member for member in dir(native) if member != "size"}
     params = kvmerge.Policy().engine_params()

@@ -19,7 +19,7 @@ from PIL import Image
 import kvmerge
 from conftest import Factory, answer, make_llama
 from kvmerge import errors, pocket
-from kvmerge.messages import check_messages
+from kvmerge.chat.messages import check_messages
 
 EXAMPLES = int(os.environ.get("KVMERGE_RANDOM_MESSAGES", "300"))
 """Message lists that are tried; ``KVMERGE_RANDOM_MESSAGES=2000`` tries more of them."""

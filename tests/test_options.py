@@ -84,7 +84,7 @@ def test_every_option_has_a_row(method: str) -> None:
 
 def test_types_name_every_option() -> None:
     """What an editor is told is what is taken."""
-    from kvmerge.call_options import ChatOptions, CompletionOptions
+    from kvmerge.chat.call_options import ChatOptions, CompletionOptions
 
     for known, table, apart in (
         (CompletionOptions, options.COMPLETION, {"prompt", "stream"}),

@@ -16,9 +16,9 @@ import pytest
 import kvmerge
 from conftest import Factory, answer
 from kvmerge import errors, pocket
-from kvmerge.access import MediaAccess
-from kvmerge.chat import ChatHandler
+from kvmerge.chat.handler import ChatHandler
 from kvmerge.media import MediaPart
+from kvmerge.media.access import MediaAccess
 
 N = 8
 

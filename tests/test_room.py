@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import kvmerge
-from kvmerge._binding import Engine
 from kvmerge.errors import OptionError
+from kvmerge.native.binding import Engine
 from kvmerge.policies import PRESETS, FlowMM
 from kvmerge.resident import resident
 from random_model import Shape, write_random_model

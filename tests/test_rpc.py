@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmerge import _backends, rpc
 from kvmerge.errors import LibraryError, OptionError
+from kvmerge.native import backends, rpc
 
-WITH_MODULE = any(folder.name == "rpc" for folder in _backends.packages())
+WITH_MODULE = any(folder.name == "rpc" for folder in backends.packages())
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def port() -> Iterator[int]:
 def test_a_server_that_is_not_named_rightly(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(rpc.SERVERS, address)
     with pytest.raises(OptionError, match="a server is named host:port, 1 to 65535"):
-        rpc.use_servers(_backends.library())
+        rpc.use_servers(backends.library())
 
 
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         silent = closed.getsockname()[1]
     monkeypatch.setenv(rpc.SERVERS, f" , 127.0.0.1:{silent}")
     with pytest.raises(LibraryError, match=f"kvmerge rpc-server --port {silent}"):
-        rpc.use_servers(_backends.library())
+        rpc.use_servers(backends.library())
 
 
 def test_the_environment_is_read_before_the_first_model() -> None:
@@ -55,4 +55,4 @@ def test_without_the_back_end_the_package_is_named(
 ) -> None:
     monkeypatch.setenv(rpc.SERVERS, f"127.0.0.1:{port}")
     with pytest.raises(LibraryError, match=r'pip install "kvmerge\[rpc\]"'):
-        rpc.use_servers(_backends.library())
+        rpc.use_servers(backends.library())

@@ -19,7 +19,7 @@ import pytest
 import kvmerge
 from conftest import Factory, make_llama
 from kvmerge import errors, pocket, saving
-from kvmerge.chat import ChatHandler
+from kvmerge.chat.handler import ChatHandler
 from kvmerge.gguf_file import fingerprint
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
@@ -101,7 +101,7 @@ IN_A_NEW_PROCESS = """
 import json, sys
 from conftest import make_llama
 from test_saving import MERGED, chat, tokens_of
-from kvmerge.chat import ChatHandler
+from kvmerge.chat.handler import ChatHandler
 
 encoded = []
 decode_chunk = ChatHandler.decode_chunk

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmerge import _library
+from kvmerge.native import library
 from kvmerge.policies import PRESETS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
@@ -33,7 +33,7 @@ KNOWN = {
 
 @pytest.fixture(scope="module")
 def checker(tmp_path_factory: pytest.TempPathFactory) -> Checker:
-    return Checker(tmp_path_factory.mktemp("supports_op"), _library.library_folder())
+    return Checker(tmp_path_factory.mktemp("supports_op"), library.library_folder())
 
 
 @pytest.fixture(autouse=True)
@@ -115,4 +115,4 @@ def test_a_function_that_needs_more_is_refused(
 
     monkeypatch.setattr(supports_op, "complete", changed)
     with pytest.raises(CutError, match="has changed(.|\n)*device_is_new"):
-        Checker(tmp_path, _library.library_folder())
+        Checker(tmp_path, library.library_folder())

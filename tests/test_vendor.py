@@ -248,5 +248,5 @@ def test_a_series_survives_develop_and_export(vendor):
 def test_the_pin_of_the_project_is_the_version_that_the_package_expects():
     pin = (ROOT / "vendor" / "requirements.txt").read_text()
     version = next(line.split()[0] for line in pin.splitlines() if "==" in line).split("==")[1]
-    library = (ROOT / "python" / "kvmerge" / "_library.py").read_text()
+    library = (ROOT / "python" / "kvmerge" / "native" / "library.py").read_text()
     assert f'LLAMA_CPP_PYTHON = "{version}"' in library

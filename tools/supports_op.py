@@ -219,11 +219,11 @@ def record(checker: Checker, folder: Path) -> Found:
 
 def main() -> int:
     """Print the table; return how many operations some back end does not take."""
-    from kvmerge import _library
+    from kvmerge.native import library
 
     os.environ["KVMERGE_AS_DEVICE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
-        checker = Checker(Path(scratch), _library.library_folder())
+        checker = Checker(Path(scratch), library.library_folder())
         added = record(checker, Path(scratch))
     print(f"| operation | {' | '.join(BACKENDS)} |\n| --- |{' --- |' * len(BACKENDS)}")
     for text, refusals in sorted(added.items()):

@@ -12,14 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _library
+from .native import loading
+from .version import __version__ as __version__
 
-_library.prepare()
+loading.prepare()
 
 if TYPE_CHECKING:
-    from .access import MediaAccess
     from .errors import KVMergeError
     from .llama import Llama
+    from .media.access import MediaAccess
     from .policies import (
         D2O,
         H2O,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
         presets,
     )
     from .stats import KVStats
-
-__version__ = "0.1.0"
 
 __all__ = [
     "D2O",
@@ -76,7 +75,7 @@ _MODULES = {
     "Llama": ".llama",
     "LookM": ".policies",
     "MadaKV": ".policies",
-    "MediaAccess": ".access",
+    "MediaAccess": ".media.access",
     "Mosaic": ".policies",
     "Policy": ".policies",
     "Pyramid": ".policies",

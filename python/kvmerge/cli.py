@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from . import __version__
 from .terminal import accept_any_text, complain, discard
+from .version import __version__
 
 COMMANDS = {
     "demo": "show pictures to a model, ask about them with the full and the merged cache",

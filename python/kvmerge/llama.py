@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import _backends, _library
 from . import options as option_table
-from .access import MediaAccess
 from .budget import Budget
 from .cap import Cap
+from .chat.messages import check_messages, check_text
+from .chat.prompt_tokens import PromptTokens
 from .errors import (
     CacheClearedError,
     ClosedError,
@@ -40,24 +40,24 @@ from .errors import (
 )
 from .forks import check_threads
 from .gguf_file import check_gguf
-from .image_merge import ImageMerge
-from .messages import check_messages, check_text
-from .native_log import caught, set_verbose
+from .media.access import MediaAccess
+from .media.image_merge import ImageMerge
+from .native import backends, loading
+from .native.log import caught, set_verbose
 from .policies import Policy, resolve
 from .progress import Meter, Report, report_of
 from .prompt import Media, MediaSpan, Prompt
-from .prompt_tokens import PromptTokens
 from .sampling import Processors, bias
 from .stats import KVStats, LayerFlow, MergeRecord
 from .turns import Stream, Turns, looks, takes_turn
 
-llama_cpp = _library.load()
+llama_cpp = loading.load()
 
 from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
-from ._binding import Engine, EngineStats, small_beginning  # noqa: E402
-from .request import Request  # noqa: E402
+from .chat.request import Request  # noqa: E402
+from .native.binding import Engine, EngineStats, small_beginning  # noqa: E402
 
 if TYPE_CHECKING:
     from llama_cpp.llama_types import (
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     )
     from typing_extensions import Unpack
 
-    from .call_options import ChatOptions, CompletionOptions
-    from .context import Context
+    from .chat.call_options import ChatOptions, CompletionOptions
+    from .chat.context import Context
 
 log = logging.getLogger("kvmerge")
 
@@ -221,8 +221,8 @@ class Llama(StockLlama):
         Folder in which they are kept as well, for later and for other processes.
     image_merge : float or bool, optional
         Cosine from which tokens of a picture are alike, and are made one before the language model
-        reads them; True for the default of `kvmerge.image_merge`.  No picture is left with fewer
-        than `image_min_tokens`.  None reads all.
+        reads them; True for the default of `kvmerge.media.image_merge`.  No picture is left with
+        fewer than `image_min_tokens`.  None reads all.
     progress : bool or callable, optional
         Something that is called with a `kvmerge.progress.ReadingProgress` while a prompt is read,
         and stops it with a `StoppedError` by returning False; True for a bar on standard error.
@@ -319,7 +319,7 @@ class Llama(StockLlama):
                 self.draft_model = TextDraft(self.draft_model, self)
             if handler is not None:
                 handler.load(self)
-            _backends.log_device(options.get("n_gpu_layers"))
+            backends.log_device(options.get("n_gpu_layers"))
             if self._policy is not None and self._is_merging:
                 self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
                 self._engine.use(self._policy)
@@ -451,12 +451,12 @@ class Llama(StockLlama):
             raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
 
     def _make_handler(self, mmproj: str | os.PathLike[str] | None) -> Any:
-        from .image_cache import ImageCache, bytes_of
+        from .media.image_cache import ImageCache, bytes_of
 
         if mmproj is None:
             bytes_of(self._image_cache[0])
             return None
-        from .chat import ChatHandler
+        from .chat.handler import ChatHandler
 
         return ChatHandler(
             mmproj,
@@ -467,8 +467,8 @@ class Llama(StockLlama):
 
     def _fit_batches(self, path: Path, mmproj: Any, options: dict[str, Any]) -> None:
         """Make batches large enough for pictures that have to be read at once."""
-        from .picture_batch import picture_batch
-        from .projector_size import ImageBounds
+        from .estimate.projector_size import ImageBounds
+        from .media.picture_batch import picture_batch
 
         needed = picture_batch(path, mmproj, ImageBounds(*self._image_tokens))
         for name in ("n_batch", "n_ubatch"):
@@ -1178,7 +1178,7 @@ class Llama(StockLlama):
 
     def _checked(self, messages: Any) -> list[Any]:
         """Return messages in the form that the chat handler takes."""
-        from .text_chat import TextHandler
+        from .chat.text import TextHandler
 
         if self.chat_handler is None:
             self._chat_handlers[self.chat_format] = TextHandler.of(self, self.chat_format)
@@ -1360,7 +1360,7 @@ class Llama(StockLlama):
         ...     first = ctx.ask("How many people are there?")
         ...     second = ctx.ask("What is on the sign?")
         """
-        from .context import Context
+        from .chat.context import Context
 
         self._check_open()
         return Context(self, messages, options)
@@ -1384,7 +1384,7 @@ class Llama(StockLlama):
         MediaError
             If one of the pictures cannot be had.
         """
-        from .context import chat_tokens
+        from .chat.context import chat_tokens
 
         self._check_open()
         options = option_table.of_call(

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, List, Optional
 
-from . import _library
-from .access import MediaAccess
 from .errors import KVMergeError, LibraryError, OptionError
+from .media.access import MediaAccess
+from .native.loading import load
 from .terminal import complain
 
 _NEEDED = {
@@ -46,7 +46,7 @@ except LibraryError as error:
     if __name__ == "__main__":
         sys.exit(f"kvmerge.llama_cpp_server: {error}")
     raise
-llama_cpp = _library.load()
+llama_cpp = load()
 
 import pydantic  # noqa: E402
 from fastapi import FastAPI  # noqa: E402

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .chat.tool_calls import check_tools
 from .errors import OptionError, UnknownOptionError, UnsupportedError, did_you_mean
-from .tool_calls import check_tools
 
 Check = Callable[[str, Any], Any]
 
@@ -366,7 +366,7 @@ def of_call(
     """Return the arguments of a call of llama-cpp-python by name, checked.
 
     What OpenAI calls ``max_completion_tokens`` is ``max_tokens`` in it; ``stream_options`` is left
-    for `kvmerge.request`.
+    for `kvmerge.chat.request`.
 
     Parameters
     ----------

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._binding import FATES, MODALITIES
+from .chat.messages import check_messages, joined
 from .errors import OptionError, StateError
 from .media import find_media
-from .messages import check_messages, joined
+from .native.binding import FATES, MODALITIES
 
 if TYPE_CHECKING:
     from .llama import Llama

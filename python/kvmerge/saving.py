@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__
-from ._library import LLAMA_CPP_PYTHON
 from .errors import StateError
 from .gguf_file import fingerprint
+from .native.library import LLAMA_CPP_PYTHON
 from .prompt import MediaSpan
 from .snapshot import Snapshot
 from .stats import MergeRecord
+from .version import __version__
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import StateError
-from .native_log import caught
+from .native.log import caught
 from .prompt import MediaSpan
 from .stats import MergeRecord
 

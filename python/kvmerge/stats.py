@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from .image_cache import ImageCacheStats
-from .image_merge import ImageMergeCounts
+from .media.image_cache import ImageCacheStats
+from .media.image_merge import ImageMergeCounts
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,8 @@ class Conversation:
 
     def load(self, name: str) -> None:
         """Go on from a conversation that was kept."""
+        from ..chat.messages import check_messages
         from ..errors import StateError
-        from ..messages import check_messages
 
         file = Path(name).expanduser()
         try:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from .. import __version__, _library, _python_layer
+from ..native import library, loading, python_layer
+from ..version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,41 +31,41 @@ def _loaded_backends() -> list[str]:
 def _whose_layer(llama_cpp: ModuleType) -> str:
     """Say which Python layer is in use, and which one is passed over."""
     used = Path(llama_cpp.__file__ or "").parent
-    other = _python_layer.installed()
-    if used != _python_layer.CARRIED:
+    other = python_layer.installed()
+    if used != python_layer.CARRIED:
         return f"installed: {used}"
     if other is None or other.resolve() == used.resolve():
         return "the package's own copy"
-    version = _python_layer.stated_version(other)
+    version = python_layer.stated_version(other)
     return f"the package's own copy; {version} in {other} is not used"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is found; a `LibraryError` says what is wrong."""
-    folder = _library.library_folder()
+    folder = library.library_folder()
     print(f"kvmerge            {__version__}")
     print(f"Python             {platform.python_version()} ({sys.executable})")
     print(f"libraries          {folder}")
-    llama_cpp = _library.load()
-    from .. import _backends, _binding
+    llama_cpp = loading.load()
+    from ..native import backends, binding
     from ..policies import presets
 
     print(f"llama-cpp-python   {llama_cpp.__version__} ({_whose_layer(llama_cpp)})")
-    print(f"patched            yes, kvmerge API {_binding.api_version()}")
+    print(f"patched            yes, kvmerge API {binding.api_version()}")
     print(f"kv_merge=          {', '.join(presets())}")
-    backends = _loaded_backends()
-    if backends:
-        print(f"backends loaded    {', '.join(backends)}")
-    for package in _backends.packages():
+    registered = _loaded_backends()
+    if registered:
+        print(f"backends loaded    {', '.join(registered)}")
+    for package in backends.packages():
         print(f"back-end package   {package}")
-    for device in _backends.devices():
+    for device in backends.devices():
         free, total = device.free >> 20, device.total >> 20
         print(f"device             {device} ({free} of {total} MiB free)")
-    used, unused = _backends.in_use(0)
+    used, unused = backends.in_use(0)
     print(f"used by default    {used}")
     if unused:
         print(f"faster, unused     {unused}: n_gpu_layers=-1 uses it")
-    if hardware := _backends.unserved_hardware():
+    if hardware := backends.unserved_hardware():
         print(f"faster, unused     {hardware} would use it (docs/building.md)")
     print(f"CPU features       {llama_cpp.llama_print_system_info().decode().strip()}")
     return 0

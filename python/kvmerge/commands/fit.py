@@ -14,8 +14,8 @@ from .number import MOST_TOKENS, Whole, amount, cap, kept, shown
 if TYPE_CHECKING:
     from ..budget import Budget
     from ..cap import Cap
-    from ..dry_load import ContextOptions, DryModel
-    from ..memory import Fit, Footprint, Reading, Vision
+    from ..estimate.dry_load import ContextOptions, DryModel
+    from ..estimate.memory import Fit, Footprint, Reading, Vision
     from ..policies import Policy
 
 _SIZE = re.compile(r"(\d{1,9})[xX×](\d{1,9})")
@@ -123,8 +123,8 @@ class _Picture:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, or JSON."""
     from ..budget import Budget
-    from ..dry_load import DryModel
-    from ..memory import Estimate, Reading, Vision
+    from ..estimate.dry_load import DryModel
+    from ..estimate.memory import Estimate, Reading, Vision
     from ..policies import resolve
     from ..resident import resident
 
@@ -189,8 +189,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> ContextOptions:
-    from ..dry_load import ContextOptions
     from ..errors import OptionError, did_you_mean
+    from ..estimate.dry_load import ContextOptions
     from ..llama import CACHE_TYPES
 
     types = {}
@@ -233,8 +233,8 @@ def _vision(
     arguments: argparse.Namespace, model: DryModel, width: int, height: int
 ) -> tuple[_Picture, Vision]:
     from ..errors import LibraryError, ProjectorError
-    from ..memory import Vision
-    from ..projector_size import DryProjector, EncoderPeak, ImageBounds
+    from ..estimate.memory import Vision
+    from ..estimate.projector_size import DryProjector, EncoderPeak, ImageBounds
 
     bounds = ImageBounds(arguments.image_min_tokens, arguments.image_max_tokens)
     projector = DryProjector(arguments.mmproj, bounds)

@@ -6,8 +6,8 @@ import argparse
 import os
 import signal
 
-from .. import _library
 from ..errors import LibraryError
+from ..native.loading import load
 from .number import MOST_THREADS, Whole
 
 
@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is ended."""
-    from .. import _backends, rpc
+    from ..native import backends, rpc
 
     # It computes here, also where the same environment serves those who use it.
     os.environ.pop(rpc.SERVERS, None)
-    _library.load()
+    load()
     # The server never returns to Python, which would see to Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    problem = rpc.serve(_backends.library(), arguments.host, arguments.port, arguments.threads)
+    problem = rpc.serve(backends.library(), arguments.host, arguments.port, arguments.threads)
     raise LibraryError(problem)

@@ -116,8 +116,8 @@ def program() -> Path:
     LibraryError
         If the package was built without it.
     """
-    from .._library import BUILD_AGAIN, library_folder
     from ..errors import LibraryError
+    from ..native.library import BUILD_AGAIN, library_folder
 
     name = "llama-server.exe" if sys.platform == "win32" else "llama-server"
     file = library_folder() / name
@@ -131,7 +131,7 @@ def program() -> Path:
 
 def environment() -> dict[str, str]:
     """Return the server's environment: it loads a back end that is a package of its own."""
-    from .. import _backends
+    from ..native import backends
 
     variables = dict(os.environ)
     # What is read here must not be read again: the flags say it.
@@ -139,7 +139,7 @@ def environment() -> dict[str, str]:
         variables.pop(_variable(flag), None)
     modules = [
         file
-        for folder in _backends.packages()
+        for folder in backends.packages()
         for file in sorted([*folder.glob("libggml-*"), *folder.glob("ggml-*")])
     ]
     if modules:

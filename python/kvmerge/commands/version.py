@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .. import __version__
-from .._library import LLAMA_CPP_PYTHON
+from ..native.library import LLAMA_CPP_PYTHON
+from ..version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..budget import Budget
+from ..chat.messages import check_messages
 from ..errors import DecodeError, KVMergeError
 from ..llama import Llama, llama_cpp
 from ..media import find_media
-from ..messages import check_messages
 from ..policies import Policy
 from ..prompt import MediaSpan, Prompt
 from .methods import FLOW_ROWS, WINDOW, Method

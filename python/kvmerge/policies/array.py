@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .base import Policy
 
 if TYPE_CHECKING:
-    from .._binding import Engine, Planner, Question
+    from ..native.binding import Engine, Planner, Question
 
 Array = npt.NDArray[np.float32]
 

@@ -10,7 +10,7 @@ from ..errors import BudgetError, PolicyError
 from .options import OPTIONS
 
 if TYPE_CHECKING:
-    from .._binding import Engine, Planner
+    from ..native.binding import Engine, Planner
 
 _GROUPING = ("mosaic", "runs", "media")
 

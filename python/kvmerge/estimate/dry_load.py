@@ -16,17 +16,18 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _library
-from .byte_size import MIB
-from .errors import LibraryError, ModelError, OptionError
-from .gguf_file import check_gguf
+from ..byte_size import MIB
+from ..errors import LibraryError, ModelError, OptionError
+from ..gguf_file import check_gguf
+from ..native.library import library_file, library_folder
+from ..native.loading import load
+from ..native.log import DEBUG, NativeLog, caught
+from ..resident import resident
 from .gguf_outline import GgufHeader
-from .native_log import DEBUG, NativeLog, caught
-from .resident import resident
 
 if TYPE_CHECKING:
-    from ._binding import LayerShape
-    from .policies import Policy
+    from ..native.binding import LayerShape
+    from ..policies import Policy
 
 _CACHE = re.compile(
     r"size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers.*"
@@ -154,7 +155,7 @@ def _logged(form: re.Pattern[str], log: NativeLog) -> list[tuple[str, ...]]:
     if not found:
         raise LibraryError(
             f"llama.cpp did not log the sizes of its buffers ({form.pattern!r}): the libraries in "
-            f"{_library.library_folder()} are of another version; install the package again"
+            f"{library_folder()} are of another version; install the package again"
         )
     return found
 
@@ -213,7 +214,7 @@ class DryModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], n_gpu_layers: int = 0) -> None:
-        self._llama_cpp: Any = _library.load()
+        self._llama_cpp: Any = load()
         before = resident()
         self._contexts: dict[tuple[ContextOptions, int], ContextSizes] = {}
         self._engines: dict[tuple[ContextOptions, int, Policy], EngineSizes] = {}
@@ -257,8 +258,8 @@ class DryModel:
 
         The file stays mapped as a whole.  0 where the library does not say.
         """
-        llama = ctypes.CDLL(str(_library.library_file("llama")))
-        base = ctypes.CDLL(str(_library.library_file("ggml-base")))
+        llama = ctypes.CDLL(str(library_file("llama")))
+        base = ctypes.CDLL(str(library_file("ggml-base")))
         try:
             get_tensor = getattr(llama, _GET_TENSOR)
         except AttributeError:
@@ -345,7 +346,7 @@ class DryModel:
         UnsupportedError
             If this model cannot be merged.
         """
-        from ._binding import Engine
+        from ..native.binding import Engine
 
         key = (options, cells, policy)
         if key in self._engines:
@@ -375,7 +376,7 @@ class DryModel:
     def _in_context(
         self, options: ContextOptions, cells: int, inspect: Callable[[Any], Any]
     ) -> tuple[ContextSizes, Any]:
-        from ._binding import small_beginning
+        from ..native.binding import small_beginning
 
         llama_cpp = self._llama_cpp
         params = llama_cpp.llama_context_default_params()

@@ -1,4 +1,4 @@
-"""Find the native libraries, point llama_cpp at them, and check that they fit.
+"""Point llama_cpp at the native libraries, import it, and check that they fit.
 
 llama_cpp loads its libraries when it is first imported, from the folders that two environment
 variables name.  `prepare` sets those and has to run before that import, which loads the backends
@@ -18,44 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _python_layer
-from .errors import LibraryError
-
-LLAMA_CPP_PYTHON = "0.3.36"
-"""The version of llama-cpp-python whose llama.cpp our libraries are built from."""
+from ..errors import LibraryError
+from . import python_layer
+from .library import BUILD_AGAIN, LLAMA_CPP_PYTHON, library_file, library_folder
 
 _PATH_VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
-BUILD_AGAIN = (
-    "install the package again (`pip install .`), or set KVMERGE_LIB_PATH to the folder of a "
-    "patched build"
-)
-
-
-def library_folder() -> Path:
-    """Return the folder of our libraries: ``KVMERGE_LIB_PATH``, or ``lib`` in the package."""
-    override = os.environ.get("KVMERGE_LIB_PATH")
-    return Path(override).absolute() if override else Path(__file__).resolve().parent / "lib"
-
-
-def library_file(name: str) -> Path:
-    """Return the file of a library, such as ``"llama"``.
-
-    Raises
-    ------
-    LibraryError
-        If there is none.
-    """
-    folder = library_folder()
-    if sys.platform == "win32":
-        candidates = [folder / f"{name}.dll", folder / f"lib{name}.dll"]
-    elif sys.platform == "darwin":
-        candidates = [folder / f"lib{name}.dylib", folder / f"lib{name}.so"]
-    else:
-        candidates = [folder / f"lib{name}.so"]
-    for file in candidates:
-        if file.exists():
-            return file
-    raise LibraryError(f"{candidates[0].name} is not in {folder}: {BUILD_AGAIN}")
 
 
 def _loaded_folder(llama_cpp: ModuleType) -> Path:
@@ -88,7 +55,7 @@ def prepare() -> None:
         return
     for variable in _PATH_VARIABLES:
         os.environ[variable] = str(library_folder())
-    _python_layer.install(LLAMA_CPP_PYTHON, _loading)
+    python_layer.install(LLAMA_CPP_PYTHON, _loading)
 
 
 @contextmanager
@@ -116,9 +83,10 @@ def _loading() -> Iterator[None]:
 
 
 def _load_backends() -> None:
-    from . import _backends
+    # Imported when llama_cpp is: `import kvmerge` alone takes no time.
+    from . import backends
 
-    _backends.load()
+    backends.load()
 
 
 def _check_version(llama_cpp: ModuleType) -> None:
@@ -199,7 +167,7 @@ def load() -> ModuleType:
     except ModuleNotFoundError as error:
         raise LibraryError(
             f"llama_cpp cannot be imported ({error}): {BUILD_AGAIN}; the Python layer belongs "
-            f"into {_python_layer.CARRIED}, and what it imports is among the package's dependencies"
+            f"into {python_layer.CARRIED}, and what it imports is among the package's dependencies"
         ) from error
     _check_folder(llama_cpp)
     _check_version(llama_cpp)
@@ -208,7 +176,7 @@ def load() -> ModuleType:
     _load_backends()  # of a llama_cpp that was imported first
     _check_layouts(llama_cpp, mtmd_cpp)
 
-    from . import _binding
+    from . import binding
 
-    _binding.check()
+    binding.check()
     return llama_cpp

@@ -22,7 +22,7 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OptionError
+from ..errors import OptionError
 
 DEFAULT_THRESHOLD = 0.9
 """Cosine from which tokens are alike, unless another is given; a guess that was not tuned."""

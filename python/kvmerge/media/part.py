@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..chat.messages import MEDIA_TYPES, media_source
+from ..errors import MediaError
 from .access import AccessError, MediaAccess
-from .errors import MediaError
-from .messages import MEDIA_TYPES, media_source
 from .picture import PictureError, picture_of, size_of
 
 ACCEPTED_SOURCES = (
@@ -314,7 +314,7 @@ def find_media(messages: Any, access: MediaAccess | None = None) -> list[MediaPa
     Parameters
     ----------
     messages : list of dict
-        As `kvmerge.messages.check_messages` returns them.
+        As `kvmerge.chat.messages.check_messages` returns them.
     access : MediaAccess, optional
         Which files and URLs may be read; all unless given.
 

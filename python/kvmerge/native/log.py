@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from ._binding import log_address, log_from
+from .binding import log_address, log_from
 
 DEBUG, INFO, ERROR, _CONTINUED = 1, 2, 4, 5
 """Levels of ``enum ggml_log_level``."""

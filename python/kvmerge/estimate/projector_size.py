@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _library
+from ..errors import LibraryError, ProjectorError
+from ..gguf_file import check_gguf
+from ..native.library import library_file
+from ..native.loading import load
+from ..native.log import INFO, NativeLog, caught
+from ..resident import resident
 from .dry_load import DryModel, logged_compute
-from .errors import LibraryError, ProjectorError
-from .gguf_file import check_gguf
 from .gguf_outline import GgufHeader
-from .native_log import INFO, NativeLog, caught
-from .resident import resident
 
 _WARM_UP = re.compile(r"warmup with image size = (\d+) x (\d+)")
 # clip_init() is C++; its parameters and its result are plain C structs.
@@ -96,7 +97,7 @@ class DryProjector:
     """
 
     def __init__(self, path: str | os.PathLike[str], bounds: ImageBounds | None = None) -> None:
-        _library.load()
+        load()
         self.path = check_gguf(path, "mmproj", ProjectorError)
         self._bounds = bounds or ImageBounds()
         with self._header() as header:
@@ -191,7 +192,7 @@ class DryProjector:
         ProjectorError
             If libmtmd cannot lay it out.
         """
-        library = ctypes.CDLL(str(_library.library_file("mtmd")))
+        library = ctypes.CDLL(str(library_file("mtmd")))
         try:
             clip_init, clip_free = getattr(library, _CLIP_INIT), getattr(library, _CLIP_FREE)
         except AttributeError as error:

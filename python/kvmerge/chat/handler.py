@@ -30,12 +30,7 @@ from llama_cpp.llama_chat_format import (
     chat_formatter_to_chat_completion_handler,
 )
 
-from . import _backends
-from ._binding import trim
-from ._library import LLAMA_CPP_PYTHON
-from .continuation import Continuation
-from .embedding_batch import decode_embeddings, picture_positions
-from .errors import (
+from ..errors import (
     DecodeError,
     MediaError,
     ModelError,
@@ -43,19 +38,24 @@ from .errors import (
     ProjectorError,
     UnsupportedError,
 )
-from .gguf_file import check_gguf, sha256_of
-from .image_cache import Encoded, ImageCache
-from .image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
-from .media import MediaPart, find_media
-from .native_log import caught
-from .picture import PictureError, is_jpeg_as_it_is
-from .progress import Meter
-from .projector_size import DryProjector
-from .prompt import Prompt, Segment, placeholder_ids
+from ..estimate.projector_size import DryProjector
+from ..gguf_file import check_gguf, sha256_of
+from ..media import MediaPart, find_media
+from ..media.embedding_batch import decode_embeddings, picture_positions
+from ..media.image_cache import Encoded, ImageCache
+from ..media.image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
+from ..media.picture import PictureError, is_jpeg_as_it_is
+from ..native import backends
+from ..native.binding import trim
+from ..native.library import LLAMA_CPP_PYTHON
+from ..native.log import caught
+from ..progress import Meter
+from ..prompt import Prompt, Segment, placeholder_ids
+from .continuation import Continuation
 from .template import ChatTemplate
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 
 log = logging.getLogger("kvmerge")
@@ -732,7 +732,7 @@ def _origin(mmproj: Path, params: Any, n_embd: int) -> dict[str, Any]:
         "image_min_tokens": params.image_min_tokens,
         "image_max_tokens": params.image_max_tokens,
         "flash_attn_type": params.flash_attn_type,
-        "devices": [device.name for device in _backends.devices()] if params.use_gpu else [],
+        "devices": [device.name for device in backends.devices()] if params.use_gpu else [],
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = "llama_cpp"
-CARRIED = Path(__file__).resolve().parent / "_vendor" / NAME
+CARRIED = Path(__file__).resolve().parents[1] / "_vendor" / NAME
 """Folder of the copy."""
 
 

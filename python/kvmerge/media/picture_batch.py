@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .dry_load import DryModel
-from .errors import KVMergeError
-from .projector_size import DryProjector, ImageBounds
+from ..errors import KVMergeError
+from ..estimate.dry_load import DryModel
+from ..estimate.projector_size import DryProjector, ImageBounds
 
 _NON_CAUSAL = frozenset({"gemma3", "gemma4v", "gemma4uv", "deepseek4v"})
 """Projectors of models that read the tokens of a picture in both directions.

@@ -12,7 +12,7 @@ import os
 import socket
 from typing import Any
 
-from .errors import LibraryError, OptionError
+from ..errors import LibraryError, OptionError
 
 SERVERS = "KVMERGE_RPC_SERVERS"
 """Name of the environment variable with the servers to use: ``host:port``, more with commas."""

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _library
-from .errors import (
+from ..errors import (
     CacheClearedError,
     KVMergeError,
     LibraryError,
@@ -28,9 +27,10 @@ from .errors import (
     StateError,
     UnsupportedError,
 )
+from .library import library_file
 
 if TYPE_CHECKING:
-    from .policies import Policy
+    from ..policies import Policy
 
 MODALITIES = ("text", "image", "audio")
 """Names of ``enum kvmerge_modality``, by value."""
@@ -50,7 +50,7 @@ _ERRORS: dict[int, type[KVMergeError]] = {
 
 def header_file() -> Path:
     """Return the path of ``kvmerge.h``: that of the checkout we run from, or the shipped one."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     checkout = package.parents[1] / "cpp" / "include" / "kvmerge.h"
     return checkout if checkout.exists() else package / "include" / "kvmerge.h"
 
@@ -77,7 +77,7 @@ def _native() -> tuple[Any, Any, int]:
         raise LibraryError(f"{file} defines no KVMERGE_API_VERSION: install the package again")
     ffi = FFI()
     ffi.cdef(_declarations(header))
-    return ffi, ffi.dlopen(str(_library.library_file("llama"))), int(version.group(1))
+    return ffi, ffi.dlopen(str(library_file("llama"))), int(version.group(1))
 
 
 def api_version() -> int:
@@ -94,7 +94,7 @@ def check() -> None:
         If it is not.
     """
     ffi, library, version = _native()
-    file = _library.library_file("llama")
+    file = library_file("llama")
     try:
         found = library.kvmerge_api_version()
     except AttributeError as error:

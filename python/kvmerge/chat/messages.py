@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import OptionError, did_you_mean
+from ..errors import OptionError, did_you_mean
 
 log = logging.getLogger("kvmerge")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .prompt import Prompt
+from ..prompt import Prompt
 
 
 @dataclass(frozen=True)

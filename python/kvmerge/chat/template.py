@@ -12,11 +12,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from .errors import KVMergeError, OptionError
+from ..errors import KVMergeError, OptionError
 from .messages import MEDIA_TYPES, check_text, joined, warn_of_left_out
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 _PROBE = "a8c1e5"
 
@@ -83,7 +83,7 @@ class ChatTemplate:
         Parameters
         ----------
         messages : list of dict
-            As `kvmerge.messages.check_messages` returns them.
+            As `kvmerge.chat.messages.check_messages` returns them.
         marker : str
             What stands for a picture or sound.
         options : mapping

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from llama_cpp import llama_chat_format
 
+from ..errors import KVMergeError, OptionError, UnsupportedError, did_you_mean
 from .continuation import Continuation
-from .errors import KVMergeError, OptionError, UnsupportedError, did_you_mean
 from .messages import check_text, joined, warn_of_left_out
 from .template import cannot_show, takes_parts
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 
 class TextHandler:

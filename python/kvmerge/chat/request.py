@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_cpp.llama import Llama as StockLlama
 
-from . import options as option_table
+from .. import options as option_table
 from . import tool_calls
 
 Usage = Callable[[], dict[str, Any]]

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .byte_size import MIB, parse_bytes
-from .errors import OptionError
+from ..byte_size import MIB, parse_bytes
+from ..errors import OptionError
 
 log = logging.getLogger("kvmerge")
 

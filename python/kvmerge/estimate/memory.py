@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from .budget import Budget
+from ..budget import Budget
+from ..errors import UnsupportedError
+from ..policies import Policy
 from .dry_load import ContextOptions, ContextSizes, DryModel, EngineSizes, GraphSizes
-from .errors import UnsupportedError
 from .gguf_outline import graph_bytes
-from .policies import Policy
 
 _STEP = 256
 """A cache grows and shrinks by as many cells."""

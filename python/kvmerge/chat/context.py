@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_cpp.llama import Llama as StockLlama
 
-from .chat import ChatHandler
-from .errors import OptionError, StateError, UnsupportedError
-from .media import find_media
+from ..errors import OptionError, StateError, UnsupportedError
+from ..media import find_media
+from ..prompt import Prompt
+from ..snapshot import Snapshot
+from .handler import ChatHandler
 from .messages import check_messages
-from .prompt import Prompt
 from .request import Request
-from .snapshot import Snapshot
-from .text_chat import TextHandler
+from .text import TextHandler
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 log = logging.getLogger("kvmerge")
 

@@ -17,9 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import _library, rpc
-from ._python_layer import stated_version
-from .errors import LibraryError
+from ..errors import LibraryError
+from ..version import __version__
+from . import rpc
+from .library import BUILD_AGAIN, library_file, library_folder
+from .python_layer import stated_version
 
 log = logging.getLogger("kvmerge")
 
@@ -57,8 +59,8 @@ class Device:
 @lru_cache(maxsize=1)
 def library() -> Any:
     """Return libggml, with the types of what is called here."""
-    ggml: Any = ctypes.CDLL(str(_library.library_file("ggml")))
-    base: Any = ctypes.CDLL(str(_library.library_file("ggml-base")))
+    ggml: Any = ctypes.CDLL(str(library_file("ggml")))
+    base: Any = ctypes.CDLL(str(library_file("ggml-base")))
     text, handle, size = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
     for library, name, result, arguments in (
         (ggml, "ggml_backend_reg_count", size, []),
@@ -93,8 +95,6 @@ def packages() -> list[Path]:
 
 def _load_package(folder: Path) -> None:
     """Load the modules of one package, or say in the log why it is not used."""
-    from . import __version__
-
     name, version = f"kvmerge-{folder.name}", stated_version(folder)
     if version != __version__:
         log.warning(
@@ -127,15 +127,14 @@ def load() -> None:
     # Each file that is loaded would be a line on stderr.
     importlib.import_module("llama_cpp._logger").set_verbose(False)
     if ggml.ggml_backend_reg_count() == 0:
-        ggml.ggml_backend_load_all_from_path(os.fsencode(_library.library_folder()))
+        ggml.ggml_backend_load_all_from_path(os.fsencode(library_folder()))
     for folder in packages():
         if not ggml.ggml_backend_reg_by_name(folder.name.encode()):
             _load_package(folder)
     rpc.use_servers(ggml)
     if ggml.ggml_backend_reg_count() == 0:
         raise LibraryError(
-            f"no ggml backend in {_library.library_folder()} runs on this machine: "
-            f"{_library.BUILD_AGAIN}"
+            f"no ggml backend in {library_folder()} runs on this machine: {BUILD_AGAIN}"
         )
 
 

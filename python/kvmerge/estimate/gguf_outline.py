@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import _library
-from .errors import KVMergeError
-from .native_log import caught
+from ..errors import KVMergeError
+from ..native.library import library_file
+from ..native.log import caught
 
 _F32 = 0  # ggml_type
 _LARGEST_ALIGNMENT = 4096  # of a tensor in a file
@@ -36,7 +36,7 @@ class _GgufParams(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _ggml() -> Any:
     """Return ggml with the functions that are used here declared."""
-    library = ctypes.CDLL(str(_library.library_file("ggml-base")))
+    library = ctypes.CDLL(str(library_file("ggml-base")))
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
     for name, result, arguments in (
         ("ggml_tensor_overhead", ctypes.c_size_t, []),

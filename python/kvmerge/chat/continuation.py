@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import OptionError
+from ..errors import OptionError
 
 
 class Continuation:
@@ -19,7 +19,7 @@ class Continuation:
     Parameters
     ----------
     messages : sequence of dict
-        As `kvmerge.messages.check_messages` returns them.
+        As `kvmerge.chat.messages.check_messages` returns them.
 
     Raises
     ------

@@ -1,0 +1,1 @@
+"""Chats: from messages to a prompt, and from an answer to the form it is wanted in."""

@@ -1,0 +1,1 @@
+"""The native libraries: where they are, what they can, what they say."""
