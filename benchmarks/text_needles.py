@@ -14,86 +14,16 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kvmerge import Llama, Policy
+from kvmerge.errors import OptionError
+from kvmerge.evaluation.needles import ANSWER_TOKENS, TASKS, hide, prose, read_texts, share_told
 from kvmerge.policies import resolve
 
 METHODS = ["auto", "flowmm", "evict", "snapkv", "h2o", "streaming"]
-TASKS = ("one", "keys", "values", "chain")
-WORDS = (
-    "river candle garden ladder window marble button forest pocket silver lantern bridge castle "
-    "anchor basket feather hammer island jacket kettle"
-).split()
-ANSWER_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Needle:
-    """One prompt: the text with its facts, the question, and the numbers to be told."""
-
-    task: str
-    text: str
-    question: str
-    numbers: tuple[str, ...]
-
-
-def hide(rng: np.random.Generator, task: str, prose: list[str]) -> Needle:
-    """Put facts between the paragraphs or sentences of a prose."""
-    words = rng.choice(WORDS, 5, replace=False)
-    numbers = [str(rng.integers(10000, 100000)) for _ in range(4)]
-
-    def fact(word: str, value: str) -> str:
-        return f"The special magic number of the {word} is {value}."
-
-    if task == "chain":
-        facts = [fact(words[0], numbers[0]), fact(words[1], numbers[1])]
-        facts.append(f"The {words[2]} has the same special magic number as the {words[0]}.")
-        asked, wanted = words[2], numbers[:1]
-    elif task == "values":
-        facts = [fact(words[0], value) for value in numbers[:2]]
-        asked, wanted = words[0], numbers[:2]
-    else:
-        n = 1 if task == "one" else 4
-        facts = [fact(words[i], numbers[i]) for i in range(n)]
-        which = int(rng.integers(n))
-        asked, wanted = words[which], [numbers[which]]
-    sentences = list(prose)
-    for place, sentence in zip(
-        sorted(rng.integers(0, len(sentences) + 1, len(facts)), reverse=True),
-        rng.permutation(facts),
-        strict=True,
-    ):
-        sentences.insert(int(place), str(sentence))
-    several = "numbers" if len(wanted) > 1 else "number"
-    verb = "are" if len(wanted) > 1 else "is"
-    return Needle(
-        task=task,
-        text=" ".join(sentences),
-        question=(
-            f"\n\nQuestion: What {verb} the special magic {several} of the {asked}?\n"
-            f"Answer: The special magic {several} of the {asked} {verb}"
-        ),
-        numbers=tuple(wanted),
-    )
-
-
-def prose_of(llm: Llama, texts: list[str], rng: np.random.Generator, n_tokens: int) -> list[str]:
-    """Return sentences of a text that have about so many tokens together."""
-    sentences = [
-        sentence for place in rng.permutation(len(texts)) for sentence in texts[place].split(". ")
-    ]
-    taken: list[str] = []
-    count = 0
-    for sentence in sentences:
-        count += len(llm.tokenize(sentence.encode(), add_bos=False)) + 1
-        if count > n_tokens:
-            break
-        taken.append(sentence.strip() + ".")
-    return taken
 
 
 def told(llm: Llama, numbers: tuple[str, ...]) -> float:
@@ -105,8 +35,7 @@ def told(llm: Llama, numbers: tuple[str, ...]) -> float:
             break
         answer.append(token)
         llm.eval([token])
-    text = llm.detokenize(answer).decode("utf-8", "replace")
-    return sum(number in text for number in numbers) / len(numbers)
+    return share_told(llm.detokenize(answer).decode("utf-8", "replace"), numbers)
 
 
 def main() -> None:
@@ -122,9 +51,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
-    texts = [file.read_text(encoding="utf-8") for file in sorted(args.texts.rglob("*.txt"))]
-    if not texts:
-        parser.error(f"there is no .txt file in {args.texts}")
+    try:
+        texts = read_texts(args.texts)
+    except OptionError as error:
+        parser.error(str(error))
     policies = {name: resolve(name) for name in args.methods}
     points: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(
         lambda: defaultdict(list)
@@ -136,9 +66,13 @@ def main() -> None:
     ) as llm:  # fmt: skip
         assert llm.engine is not None
         rng = np.random.default_rng(0)
+
+        def count(text: str) -> int:
+            return len(llm.tokenize(text.encode(), add_bos=False))
+
         for task in TASKS:
             for _ in range(args.n):
-                needle = hide(rng, task, prose_of(llm, texts, rng, args.read))
+                needle = hide(rng, task, prose(texts, rng, args.read, count))
                 question = llm.tokenize(needle.question.encode(), add_bos=False)
                 llm.reset()
                 llm.eval(llm.tokenize(needle.text.encode()))

@@ -12,7 +12,7 @@ import pytest
 from conftest import Factory, answer
 from kvmerge import cli, pocket
 from kvmerge.errors import OptionError
-from kvmerge.evaluation import milebench, pocket_tasks
+from kvmerge.evaluation import milebench, needles, pocket_tasks
 from kvmerge.evaluation.answers import ANSWERS_FILE, SETTINGS_FILE, Answer, read_answers
 from kvmerge.evaluation.bootstrap import difference
 from kvmerge.evaluation.methods import METHODS, Method, choose
@@ -129,6 +129,11 @@ def test_report_only(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--tasks", "cod"], "Did you mean 'code'"),
         (["--mode", "guess"], "known, unknown"),
         (["--model", "other.gguf"], "--model needs --mmproj"),
+        (["--model", "other.gguf"], "--texts FOLDER"),
+        (["--texts", ".", "--model", "missing.gguf"], "does not exist"),
+        (["--texts", "."], "no task 'code' of texts"),
+        (["--texts", ".", "--mmproj", "x.gguf"], "leave --mmproj out"),
+        (["--texts", ".", "--data", "x"], "leave --data out"),
         (["--mmproj", "other.gguf"], "--mmproj needs --model"),
         (["--update", "missing.md"], "cannot be read"),
         (["--model", "other.gguf", "--mmproj", "x.gguf"], "does not exist"),
@@ -361,3 +366,91 @@ def test_other_metrics() -> None:
         2 * 1 * 0.75 / 1.75
     )
     assert score("X", "open-ended", "a", None, "") == 0.0
+
+
+# Texts, which need no vision part.
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of prose that the pocket model has words for."""
+    folder = tmp_path / "texts" / "below"
+    folder.mkdir(parents=True)
+    for i, colour in enumerate(("red", "blue", "green")):
+        (folder / f"{i}.txt").write_text(f"The code of the {colour} box is five. " * 12)
+    return tmp_path / "texts"
+
+
+def of_texts(folder: Path, out: Path, *options: str) -> int:
+    small = ["--tokens", "96", "--questions", "2", "--budgets", "0.4", "--methods", "auto,evict"]
+    return cli.main(["eval", "--texts", str(folder), *small, "--out", str(out), *options])
+
+
+def test_texts_alone(texts: Path, tmp_path: Path) -> None:
+    assert of_texts(texts, tmp_path, "--mode", "known,unknown") == 0
+    answers = read_answers(tmp_path)
+    assert {(a.method, a.budget) for a in answers} == {("full", 1), ("auto", 0.4), ("evict", 0.4)}
+    assert len(answers) == 3 * 2 * 2 * len(needles.TASKS)
+    assert {a.pictures for a in answers} == {0}
+    for one in answers:
+        assert one.tokens > 96
+        if one.method == "full":
+            assert one.cells == one.tokens
+        else:  # also `auto`, which leaves text alone where there are pictures to shrink
+            most = 0.4 * one.tokens + 3 if one.mode == "known" else one.tokens - 0.5 * 96
+            assert one.cells <= most
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "96 tokens of text, question unknown" in page
+    assert "`chain`" in page
+
+
+def test_texts_that_do_not_suffice(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert of_texts(texts, tmp_path, "--tokens", "100000") == 1
+    assert "a prompt is to have 100000" in capsys.readouterr().err
+    assert of_texts(tmp_path / "none", tmp_path) == 1
+    assert "no .txt file" in capsys.readouterr().err
+    (texts / "latin.txt").write_bytes(b"caf\xe9")
+    assert of_texts(texts, tmp_path) == 1
+    assert "latin.txt cannot be read as a text in UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / ANSWERS_FILE).exists()
+
+
+def test_needles_are_in_the_text_and_their_numbers_are_asked_for() -> None:
+    rng = np.random.default_rng(4)
+    sentences = needles.prose(["It is late. We go. They stay. All sleep."] * 9, rng, 60, len)
+    assert 0 < sum(map(len, sentences)) <= 60
+    facts = {"one": 1, "keys": 4, "values": 2, "chain": 3}
+    for task in needles.TASKS:
+        needle = needles.hide(rng, task, sentences)
+        assert needle.text.count("special magic number") == facts[task]
+        assert all(number in needle.text for number in needle.numbers)
+        assert all(sentence in needle.text for sentence in sentences)
+        assert not any(number in needle.question for number in needle.numbers)
+        assert needles.share_told(" and ".join(needle.numbers), needle.numbers) == 1
+    assert needles.share_told("12345", ("12345", "67890")) == 0.5
+
+
+def test_what_is_asked_beside_does_not_change_a_question(texts: Path) -> None:
+    def asked(*tasks: str) -> dict[str, object]:
+        (sample,) = needles.samples(
+            needles.read_texts(texts), 1, seed=1, n_tokens=40, count=len, tasks=tasks
+        )
+        return {ask.task: ask.messages for ask in sample.load()}
+
+    assert asked("keys") == {"keys": asked(*needles.TASKS)["keys"]}
+
+
+def test_a_missing_package_is_said_before_the_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert evaluate(tmp_path, "--methods", "evict") == 1
+    assert "install kvmerge[eval]" in capsys.readouterr().err
+    assert not (tmp_path / ANSWERS_FILE).exists()

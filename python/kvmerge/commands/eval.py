@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PAGE, _PLOT = "quality.md", "quality.png"
 _MOST_QUESTIONS, _MOST_DISTRACTORS, _MOST_JOBS, _LONGEST = 100_000, 100_000, 256, 2**24
+_FEWEST_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mmproj", type=Path, help="vision part of --model (GGUF)")
     parser.add_argument(
         "--data", type=Path, help="folder in MileBench's layout; default: the pocket tasks"
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        help="folder of .txt files: facts are hidden in their sentences and asked for, which needs "
+        "no --mmproj",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=listed(Whole(_FEWEST_TOKENS, _LONGEST)),
+        default=(1024,),
+        help="tokens of a prompt of --texts, such as 1024,4096; default: 1024",
     )
     parser.add_argument("--tasks", type=listed(str), help="which tasks, such as code,count")
     parser.add_argument(
@@ -138,13 +151,18 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UnsupportedError(f"{what} needs the package {package}: install kvmerge[eval]")
     for page in arguments.update:
         check_page(page)
+    if arguments.texts is not None:
+        for option in ("data", "mmproj"):
+            if getattr(arguments, option) is not None:
+                raise OptionError(f"--texts asks about text alone: leave --{option} out")
+        return
     if (arguments.model is None) == (arguments.mmproj is None):
         return
     if arguments.model is None:
         raise OptionError("--mmproj needs --model: it is the vision part of that model")
     raise OptionError(
-        "--model needs --mmproj, its vision part (GGUF): all questions are about pictures, so a "
-        "model for text alone cannot answer them"
+        "--model needs --mmproj, its vision part (GGUF), as the questions are about pictures; a "
+        "model for text alone is asked about the texts of a folder: --texts FOLDER"
     )
 
 
@@ -161,23 +179,22 @@ def _answer(arguments: argparse.Namespace) -> None:
         if mode not in MODES:
             raise OptionError(f"there is no mode {mode!r}: it must be one of {', '.join(MODES)}")
     methods = choose(arguments.methods)
+    model = arguments.model or pocket.model_path()
+    mmproj = arguments.mmproj or (pocket.mmproj_path() if arguments.texts is None else None)
+    model_identity = _identity(model, "model", identity)
     plan = Plan(
-        samples=tuple(_samples(arguments)),
+        samples=tuple(_samples(arguments, model)),
         methods=methods,
         budgets=arguments.budgets,
         modes=arguments.mode,
         merge_before=arguments.merge_before,
     )
-    models = Models(
-        arguments.model or pocket.model_path(),
-        arguments.mmproj or pocket.mmproj_path(),
-        arguments.n_ctx or _sized(arguments),
-        arguments.threads,
-    )
+    models = Models(model, mmproj, arguments.n_ctx or _sized(arguments), arguments.threads)
+    folder = arguments.texts or arguments.data
     settings = Settings(
-        model=_identity(models.model, "model", identity),
-        mmproj=_identity(models.mmproj, "mmproj", identity),
-        data="pocket" if arguments.data is None else arguments.data.resolve().name,
+        model=model_identity,
+        mmproj="none" if mmproj is None else _identity(mmproj, "mmproj", identity),
+        data="pocket" if folder is None else folder.resolve().name,
         seed=arguments.seed,
         merge_before=arguments.merge_before,
         methods=definitions(methods),
@@ -199,11 +216,14 @@ def _identity(file: Path, what: str, identity: Callable[[Path], str]) -> str:
     return identity(check_gguf(file, what, ModelError if what == "model" else ProjectorError))
 
 
-def _samples(arguments: argparse.Namespace) -> Iterator[Sample]:
+def _samples(arguments: argparse.Namespace, model: Path) -> Iterator[Sample]:
     from ..errors import OptionError
     from ..evaluation import milebench, pocket_tasks
     from ..pocket import TASKS
 
+    if arguments.texts is not None:
+        yield from _text_samples(arguments, model)
+        return
     if arguments.data is None:
         tasks = arguments.tasks or TASKS
         pocket_tasks.check(tasks, arguments.pictures)
@@ -226,8 +246,30 @@ def _samples(arguments: argparse.Namespace) -> Iterator[Sample]:
         yield from milebench.samples(found[name], arguments.questions, seed=arguments.seed)
 
 
+def _text_samples(arguments: argparse.Namespace, model: Path) -> Iterator[Sample]:
+    from ..evaluation import needles
+    from ..llama import Llama
+
+    tasks = arguments.tasks or needles.TASKS
+    needles.check(tasks)
+    texts = needles.read_texts(arguments.texts)
+    with Llama(model, vocab_only=True, verbose=False) as tokenizer:
+        for n_tokens in arguments.tokens:
+            yield from needles.samples(
+                texts,
+                arguments.questions,
+                seed=arguments.seed,
+                n_tokens=n_tokens,
+                count=lambda text: len(tokenizer.tokenize(text.encode(), add_bos=False)),
+                tasks=tasks,
+            )
+
+
 def _sized(arguments: argparse.Namespace) -> int:
     """Return a context length that the prompts fit into."""
+    if arguments.texts is not None:
+        # With the facts and the question; no cell is made before it is needed.
+        return max(arguments.tokens) + 512
     if arguments.data is not None:
         return 8192
     return 1024 + 96 * max(arguments.pictures) + 2 * max(arguments.distractors)

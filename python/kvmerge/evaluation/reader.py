@@ -19,8 +19,9 @@ from ..errors import DecodeError, KVMergeError
 from ..llama import Llama, llama_cpp
 from ..media import find_media
 from ..policies import Policy
-from ..prompt import MediaSpan, Prompt
+from ..prompt import MediaSpan, Prompt, Segment
 from .methods import FLOW_ROWS, WINDOW, Method
+from .samples import Asked, Passage
 
 _OTHER_QUESTION = "?"
 
@@ -43,8 +44,10 @@ class Reader:
 
     Parameters
     ----------
-    model, mmproj : Path
-        The model and its vision part.
+    model : Path
+        The model.
+    mmproj : Path or None
+        Its vision part; None to ask about texts alone.
     cache_type : str
         Type of K and V.
     n_ctx : int
@@ -54,7 +57,7 @@ class Reader:
     """
 
     def __init__(
-        self, model: Path, mmproj: Path, *, cache_type: str, n_ctx: int, threads: int
+        self, model: Path, mmproj: Path | None, *, cache_type: str, n_ctx: int, threads: int
     ) -> None:
         self._llama = Llama(
             model,
@@ -68,6 +71,7 @@ class Reader:
             flash_attn=True,
             verbose=False,
         )
+        self._sees = mmproj is not None
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
         self._live = ExitStack()
 
@@ -85,10 +89,17 @@ class Reader:
 
     # Prompts.
 
-    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
-        """Return a chat as `create_chat_completion` reads it; valid until `forget_prompts`."""
+    def prompt(self, asked: Asked) -> Prompt:
+        """Return a chat as `create_chat_completion` reads it; valid until `forget_prompts`.
+
+        A passage is read as it stands: its text and its question are a segment each.
+        """
+        if isinstance(asked, Passage):
+            text = self._llama.tokenize(asked.text.encode())
+            question = self._llama.tokenize(asked.question.encode(), add_bos=False)
+            return Prompt([Segment(text), Segment(question)])
         handler: Any = self._llama.chat_handler
-        messages = check_messages(messages)
+        messages = check_messages(asked)
         text = handler.text(self._llama, messages, {})
         return self._live.enter_context(handler.prompt(text, find_media(messages)))
 
@@ -96,9 +107,11 @@ class Reader:
         """Free the media of all prompts."""
         self._live.close()
 
-    def question_start(self, messages: list[dict[str, Any]], tokens: Sequence[int]) -> int:
-        """Return how many tokens of a chat come before what its last message says."""
-        other = self.prompt([*messages[:-1], {**messages[-1], "content": _OTHER_QUESTION}])
+    def question_start(self, asked: Asked, tokens: Sequence[int]) -> int:
+        """Return how many tokens come before what the last message of a chat says, or a passage."""
+        if isinstance(asked, Passage):
+            return len(self.prompt(asked).segments[0].ids)
+        other = self.prompt([*asked[:-1], {**asked[-1], "content": _OTHER_QUESTION}])
         return common_prefix([tokens, other.tokens])
 
     # Reading.
@@ -136,15 +149,22 @@ class Reader:
     # Merging and answering.
 
     def merge(self, method: Method, budget: float) -> bool:
-        """Merge what was read down to a fraction of its tokens; False if that is all of it."""
+        """Merge what was read down to a fraction of its tokens; False if that is all of it.
+
+        A model without a vision part shrinks its text, also with a policy that would leave text
+        alone: as a cap makes it do.
+        """
         llama, policy = self._llama, method.policy
         if policy is None:
             return False
         assert llama.engine is not None
         media = sum(span.end - span.start for span in llama.media_spans)
-        cells = policy.kept_cells(
-            Budget(budget), llama.n_tokens - media, media, len(llama.media_spans)
-        )
+        if self._sees:
+            cells = policy.kept_cells(
+                Budget(budget), llama.n_tokens - media, media, len(llama.media_spans)
+            )
+        else:
+            cells = Budget(budget).cells(llama.n_tokens, policy.always_kept)
         if cells >= llama.engine.n_cells():
             return False
         try:

@@ -13,7 +13,7 @@ from ..errors import ContextLengthError, OptionError
 from .answers import Answer, Record
 from .methods import Method
 from .reader import Reader, common_prefix
-from .samples import Ask, Sample
+from .samples import Ask, Asked, Sample
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -62,7 +62,7 @@ class Models:
     """With what it is answered: the files, the context length, and threads of each process."""
 
     model: Path
-    mmproj: Path
+    mmproj: Path | None
     n_ctx: int
     threads: int
 
@@ -249,7 +249,7 @@ def answer(reader: Reader, work: Work) -> Iterator[list[Answer]]:
         reader.forget_prompts()
 
 
-def _messages(ask: Ask, mode: str) -> list[dict[str, object]]:
+def _messages(ask: Ask, mode: str) -> Asked:
     if mode == "known":
         return ask.messages
     if ask.messages_later is None:

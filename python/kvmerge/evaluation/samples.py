@@ -1,4 +1,4 @@
-"""What is asked: samples, each with pictures that are read once and questions about them."""
+"""What is asked: samples, each with pictures or text read once, and questions about them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,30 @@ from typing import Any
 
 MODES = {
     "known": "merged when all but the last tokens of the question were read",
-    "unknown": "merged after another question and its answer, before the question was read",
+    "unknown": "merged before the question was read, and where there are pictures after another "
+    "question and its answer",
 }
 """When the cache is merged, by name."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text that a model goes on with as it stands, without a chat.
+
+    Attributes
+    ----------
+    text : str
+        What is asked about.
+    question : str
+        What follows it.
+    """
+
+    text: str
+    question: str
+
+
+Asked = list[dict[str, Any]] | Passage
+"""The messages of a chat, or a passage."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +42,11 @@ class Ask:
     ----------
     task : str
         Name of the task; a sample asks each of its tasks once.
-    messages : list of dict
-        The chat that asks it right after the pictures.
-    messages_later : list of dict or None
-        The chat that asks another question first and has its answer; None where there is no other.
+    messages : list of dict or Passage
+        The chat that asks it right after the pictures, or the passage.
+    messages_later : list of dict, Passage or None
+        The chat that asks another question first and has its answer, or the passage; None where
+        there is no other question.
     expected : str
         The right answer.
     score : callable
@@ -34,8 +56,8 @@ class Ask:
     """
 
     task: str
-    messages: list[dict[str, Any]]
-    messages_later: list[dict[str, Any]] | None
+    messages: Asked
+    messages_later: Asked | None
     expected: str
     score: Callable[[str], float]
     max_tokens: int
@@ -43,7 +65,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures with questions about them.
+    """Pictures or a text, with questions about them.
 
     Attributes
     ----------
