@@ -253,13 +253,47 @@ def check_sizes(
     return sizes
 
 
+def check_targets(
+    target: np.ndarray, kept: np.ndarray, key: np.ndarray, score: np.ndarray, modality: np.ndarray,
+    segment: np.ndarray, budget: int, policy: Policy, rho: float,
+) -> None:  # fmt: skip
+    p = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    if policy.select in ("mosaic", "media"):
+        grouped = oracle.mosaic if policy.select == "mosaic" else oracle.media
+        expected = grouped(key, score, modality, segment, budget, p)
+        differs = target != oracle.cap(expected, key, policy.members)
+        assert differs.mean() < 0.02, "only near ties of distances may differ"
+        folded = target >= 0
+        assert (modality[target[folded]] == modality[folded]).all()
+        folded &= modality > 0
+        assert (segment[target[folded]] == segment[folded]).all(), "pictures stay apart"
+    elif policy.select == "runs":
+        differs = target != oracle.runs(key, score, segment, budget, p)
+        assert differs.mean() < 0.02
+    elif isinstance(policy, ArrayPolicy):
+        pass  # the plan is the method's own: what is checked is that it is carried out
+    else:
+        expected_kept, open_ = oracle.select(score, modality, budget, p)
+        assert kept.tolist() == expected_kept.tolist()
+        across = {"any": True, "flow": rho >= policy.theta}
+        if policy.match == "none":
+            open_ = open_[:0]
+        groups = None if across.get(policy.match, False) else modality
+        expected_target, margin = oracle.match(key, kept, open_, groups)
+        similarity = oracle.cosine(key, expected_target)
+        expected_target = oracle.limit(expected_target, kept, similarity, p)
+        differs = target != expected_target
+        threshold = policy.fold == "exp"  # a cosine at the threshold may fall on either side
+        assert not (differs & (margin > 1e-5)).any() or (threshold and differs.sum() <= 2)
+        assert differs.sum() <= 2
+
+
 def check_layer(
     session: Session, layer: int, before: Any, queries: Any, modality: np.ndarray,
     segment: np.ndarray, budget: int, policy: Policy, cache_type: str,
 ) -> None:  # fmt: skip
     assert session.engine
     n, heads_kv = before.order.shape
-    p = {f.name: getattr(policy, f.name) for f in fields(policy)}
     order = np.arange(n)
     scoring, rounding = SCORING[cache_type], ROUNDING[cache_type]
     assert (before.order == order[:, None]).all()
@@ -310,34 +344,7 @@ def check_layer(
         assert len(kept) == budget
         score = plan.score.astype(np.float64)
         key = k[:, head]
-        if policy.select in ("mosaic", "media"):
-            grouped = oracle.mosaic if policy.select == "mosaic" else oracle.media
-            expected = grouped(key, score, modality, segment, budget, p)
-            differs = target != oracle.cap(expected, key, policy.members)
-            assert differs.mean() < 0.02, "only near ties of distances may differ"
-            folded = target >= 0
-            assert (modality[target[folded]] == modality[folded]).all()
-            folded &= modality > 0
-            assert (segment[target[folded]] == segment[folded]).all(), "pictures stay apart"
-        elif policy.select == "runs":
-            differs = target != oracle.runs(key, score, segment, budget, p)
-            assert differs.mean() < 0.02
-        elif isinstance(policy, ArrayPolicy):
-            pass  # the plan is the method's own: what is checked is that it is carried out
-        else:
-            expected_kept, open_ = oracle.select(score, modality, budget, p)
-            assert kept.tolist() == expected_kept.tolist()
-            across = {"any": True, "flow": rho >= policy.theta}
-            if policy.match == "none":
-                open_ = open_[:0]
-            groups = None if across.get(policy.match, False) else modality
-            expected_target, margin = oracle.match(key, kept, open_, groups)
-            similarity = oracle.cosine(key, expected_target)
-            expected_target = oracle.limit(expected_target, kept, similarity, p)
-            differs = target != expected_target
-            threshold = policy.fold == "exp"  # a cosine at the threshold may fall on either side
-            assert not (differs & (margin > 1e-5)).any() or (threshold and differs.sum() <= 2)
-            assert differs.sum() <= 2
+        check_targets(target, kept, key, score, modality, segment, budget, policy, rho)
 
         mass = before.mass[:, head].astype(np.float64)
         weight = oracle.weights(target, kept, mass, oracle.cosine(key, target), policy.fold)

@@ -1,6 +1,7 @@
 #pragma once
 
-// The engine: the state of merging for one KV cache, and the conductor of its steps.
+// The engine: the state of merging for one KV cache. Its functions are in the file of their concept; what says so below names
+// it.
 //
 // llama_kv_cache holds it and calls on_...() where its own state changes; nothing else of llama.cpp knows of it.
 
@@ -88,17 +89,24 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // called by llama_kv_cache
     //
 
+    // kvmerge-sequences.cpp
     void on_clear();
     bool on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: see may_remove(); nothing has changed
     void on_seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
     void on_seq_keep(llama_seq_id seq_id);
     void on_seq_move(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const std::function<llama_pos(llama_pos)> & move);
+
+    // kvmerge-tokens.cpp
     void on_ubatch(const std::vector<uint32_t> & cells, const llama_ubatch & ubatch);
+
+    // kvmerge-room.cpp
     void on_init_update(bool optimize); // optimize: for the batch that found no slot, else before the next one
     void on_no_slot(const std::vector<llama_ubatch> & ubatches); // the next update makes room for them
+
+    // kvmerge-request.cpp
     bool on_update(llama_context * lctx);
 
-    // a state of n_cells cells is about to be read; throws like llama_kv_cache when they do not fit
+    // kvmerge-stored.cpp, kvmerge-state.cpp: a state of n_cells cells is about to be read; throws like llama_kv_cache when they do not fit
     void on_restore(llama_seq_id seq_id, uint32_t n_cells);
 
     // The stream without K and V of the cells that a layer does not store. What is written with the one has to be read
@@ -178,9 +186,18 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     std::vector<std::vector<kvmerge_plan>> plans; // [layer][head]
 
 private:
+    class  merge_steps; // kvmerge-merge.cpp
+    class  compaction;  // kvmerge-compact.h
+    struct resizing;    // kvmerge-resize.cpp
+    struct saved_state; // kvmerge-state.cpp
+
     kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max);
 
     kvmerge_status init_layers();
+
+    //
+    // kvmerge-bias.cpp: what lies beside K and V
+    //
 
     // The bias and the sums of all layers for n_cells cells, of which each layer stores those from first[layer] on, and
     // their buffers: what is in both is taken over from the ones that are used now. use_bias() then takes their place.
@@ -195,20 +212,54 @@ private:
     bool make_bias(uint32_t n_cells, const std::vector<uint32_t> & first, biases & out) const;
     void use_bias (biases && next);
 
-    // n_most: cells that no layer exceeds, where layers differ
+    // the bias of a layer, on its way to the device
+    struct bias_values {
+        std::vector<float>       floats;
+        std::vector<ggml_fp16_t> halves;
+    };
+
+    // room for it, so that its upload takes no memory
+    void reserve_bias(size_t layer, bias_values & values) const;
+
+    void upload_bias(size_t layer, ggml_tensor * dst, uint32_t first, bias_values & values) const; // dst: of the cells from first on
+    void upload_bias(size_t layer, bias_values & values) { upload_bias(layer, layers[layer].bias, layers[layer].first, values); }
+    void upload_bias(); // of all layers
+
+    // the attention that the cells got from all queries: into plan.score, and what it is once cells[0, n_after) are the
+    // pivots (all values of the tensor)
+    void load_sums(size_t layer, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) const;
+    void clear_sum(uint32_t idx);
+
+    std::vector<float> compact_sums(
+            size_t layer, const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<kvmerge_plan> & plans) const;
+
+    //
+    // kvmerge-merge.cpp
+    //
+
+    // A merge, done or not begun, or KVMERGE_ERROR_CLEARED.
+    //   n_most  cells that no layer exceeds, where layers differ
     kvmerge_status run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most);
 
-    // what run() tries; has_begun: the cache has changed, and the merge is not done
-    kvmerge_status merge_cells(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, int64_t t_start, bool & has_begun);
+    enum merge_progress { NOT_BEGUN, CHANGING, DONE }; // of the cache
+
+    kvmerge_status merge_cells(
+            llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, merge_progress & progress);
 
     // after a merge that failed half-way: the sequence goes, with the cells that it had
-    void clear(llama_seq_id seq_id, const std::vector<uint32_t> & cells);
+    void clear(llama_seq_id seq_id, const std::vector<uint32_t> & cells) noexcept;
+
+    // of the last merge, as the mean over layers and heads
+    void count_text(int32_t & n_before, int32_t & n_after) const;
+
+    // the figures that follow from the plans, and a message
+    void note_merge(llama_seq_id seq_id);
 
     // KVMERGE_OK: the sequence can be merged now
     kvmerge_status check_merge(llama_seq_id seq_id, const std::vector<uint32_t> & cells) const;
 
     //
-    // kvmerge-room.cpp: how many cells there are
+    // kvmerge-room.cpp, kvmerge-resize.cpp: how many cells there are
     //
 
     // the most cells that the cache may have
@@ -230,6 +281,12 @@ private:
     // false: there is no memory for them, nothing has changed.
     bool resize(uint32_t n_cells, const std::vector<uint32_t> & first);
 
+    // what resize() has to have before anything changes; throws std::bad_alloc
+    void prepare_resize(uint32_t n_cells, const std::vector<uint32_t> & first, resizing & next);
+
+    // The tensors of all layers by those that were prepared, or as they were. false: there is no memory for one of them.
+    bool replace_tensors(resizing & next, const std::vector<uint32_t> & first);
+
     // all layers store all cells
     bool store_all() { return resize(is_merged.size(), std::vector<uint32_t>(layers.size())); }
 
@@ -239,6 +296,10 @@ private:
 
     // the layers take the tensors of the cache
     void attach_tensors();
+
+    //
+    // kvmerge-budget.cpp: how many cells a merge leaves
+    //
 
     // the last pictures are kept whole while they leave room for the rest
     void mark_whole(int32_t n_cells, int32_t n_text, std::vector<kvmerge_plan> & plans) const;
@@ -260,16 +321,24 @@ private:
             const std::vector<std::vector<kvmerge_plan>> & plans, const std::vector<kvmerge_flow> & flows,
             const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_text, int32_t n_most) const;
 
-    // of the last merge, as the mean over layers and heads
-    void count_text(int32_t & n_before, int32_t & n_after) const;
-
-    // compact: cells[0, B) of the sequence take the pivots, the others are freed
-    void compact(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells);
+    //
+    // kvmerge-stored.cpp, kvmerge-state.cpp: saved states
+    //
 
     // cells of a sequence, or of all, in the order in which llama_kv_cache writes them
     std::vector<uint32_t> saved_cells(llama_seq_id seq_id) const;
     uint32_t              count_unheld(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) const;
     std::vector<int32_t>  saved_slots(llama_seq_id seq_id) const; // of the observed queries
+
+    // the parts of state_read(), which throw like it
+    void read_shape   (llama_io_read_i & io) const;
+    void read_figures (llama_io_read_i & io, saved_state & saved) const;
+    void read_cells   (llama_io_read_i & io, const std::vector<uint32_t> & cells, saved_state & saved) const;
+    void read_sequence(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells, saved_state & saved) const;
+
+    //
+    // kvmerge-sequences.cpp, kvmerge-tokens.cpp: what was read
+    //
 
     // the sequence is gone
     void forget(llama_seq_id seq_id);
@@ -277,14 +346,6 @@ private:
     // A cell that is about to hold a token again: forget what it held. Cells are freed in many places and reused in
     // one, so they are wiped here; until then they are masked. true: its bias has to be uploaded.
     bool wipe(uint32_t idx);
-
-    void upload_bias(size_t layer, ggml_tensor * dst, uint32_t first) const; // dst: of the cells from first on
-    void upload_bias(size_t layer) { upload_bias(layer, layers[layer].bias, layers[layer].first); }
-
-    // the attention that the cells got from all queries: into plan.score, and back for the merged cells
-    void load_sums (size_t layer, const std::vector<uint32_t> & cells, std::vector<kvmerge_plan> & plans) const;
-    void store_sums(size_t layer, const std::vector<uint32_t> & cells, int32_t n_cells);
-    void clear_sum (uint32_t idx);
 
     // per cell: what was written there; valid for every layer and head until the cell is merged
     std::vector<kvmerge_cell> tokens; // [kv_size], order < 0: was never used or is wiped
