@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +62,26 @@ def forget(session: Session) -> None:
     session.position = 0
 
 
+def go_on(session: Session, fill: Callable[[], None]) -> list[np.ndarray]:
+    """Merge, save, restore and generate; return the logits.
+
+    A cache that is empty is filled before.
+    """
+    if session.engine.n_cells() == 0:
+        session.position = 0
+        fill()
+        answer(session)  # the sample of queries is of what was read, removed again or not
+    n = session.engine.n_cells()
+    session.engine.merge(n // 3)
+    assert session.engine.n_cells() < n
+    logits, position = session.decode([5]), session.position
+    state = session.save()
+    forget(session)
+    assert session.restore(state)
+    session.position = position
+    return session.generate(logits, 3)
+
+
 def fail_each(session: Session, fill: Callable[[], None], run: Callable[[], bool]) -> list[str]:
     """Run with the n-th step failing, for all n; return how each came out.
 
@@ -66,6 +90,9 @@ def fail_each(session: Session, fill: Callable[[], None], run: Callable[[], bool
     engine = session.engine
     fill()
     expected = answer(session)
+    expected_later = go_on(session, fill)
+    forget(session)
+    fill()
     engine.fail_at(0)
     assert run()
     n_steps = engine.fail_count()
@@ -87,7 +114,13 @@ def fail_each(session: Session, fill: Callable[[], None], run: Callable[[], bool
             results.append("as before")
             assert is_same(before, content(session)), f"step {n} of {n_steps}"
             np.testing.assert_array_equal(answer(session), expected)
-        # and usable: the same is done again, from nothing
+        # and usable, as if nothing had failed
+        if ok:
+            forget(session)
+        later = go_on(session, fill)
+        np.testing.assert_array_equal(
+            later, expected_later, f"step {n} of {n_steps}: {results[-1]}"
+        )
         forget(session)
         fill()
         np.testing.assert_array_equal(answer(session), expected)
@@ -183,3 +216,22 @@ def test_save_and_restore(model: Path) -> None:
         assert set(fail_each(session, fill, save_or_not)) == {"as before"}
         forget(session)
         assert set(fail_each(session, fill, restore)) <= {"as before", "cleared", "done"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs LD_PRELOAD")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_small_allocations(model: Path, tmp_path: Path) -> None:
+    """Some of the thousands of allocations of a merge, in a process of its own."""
+    folder, library = Path(__file__).parent, tmp_path / "failing_new.so"
+    source = folder / "failing_new.cpp"
+    subprocess.run(["c++", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    done = subprocess.run(
+        [sys.executable, folder / "fail_new.py", model, "8"],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'as before'" in done.stdout
+    assert "'cleared'" in done.stdout
