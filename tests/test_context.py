@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import kvmerge
 from conftest import Factory
 from kvmerge import errors, pocket
 from kvmerge.chat.handler import ChatHandler
@@ -44,16 +43,16 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def put_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of the snapshots that were put back from memory."""
-    from kvmerge.snapshot import Snapshot
+    from kvmerge.cache import KVCache, Snapshot
 
     sizes: list[int] = []
-    original = Snapshot.put_back
+    original = KVCache.restore
 
-    def counted(self: Snapshot, llm: kvmerge.Llama) -> None:
-        sizes.append(len(self.tokens))
-        original(self, llm)
+    def counted(self: KVCache, snapshot: Snapshot) -> None:
+        sizes.append(len(snapshot.tokens))
+        original(self, snapshot)
 
-    monkeypatch.setattr(Snapshot, "put_back", counted)
+    monkeypatch.setattr(KVCache, "restore", counted)
     return sizes
 
 

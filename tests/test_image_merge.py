@@ -204,8 +204,8 @@ def test_rows_and_columns(llama: Factory, tmp_path: Path, monkeypatch: pytest.Mo
             handler.image_cache._memory[_name_of(handler, span)].embeddings
         )
         assert np.array_equal(y * columns + x, merged.kept)
-        assert start == llm._position(span.start)
-        assert llm._position(span.end) == start + max(rows, columns)
+        assert start == llm.kv_cache.position(span.start)
+        assert llm.kv_cache.position(span.end) == start + max(rows, columns)
 
 
 def _name_of(handler: Any, span: Any) -> tuple[str, int]:

@@ -32,18 +32,19 @@ def test_the_newest_picture_is_whole_until_the_question_is_known(llama: Factory)
     prompts = [pocket.make_prompt(np.random.default_rng(i), 12) for i in range(2)]
     content = [part for p in prompts for part in p.messages(0)[0]["content"]]
     seen = []
-    note = llm._note_merge
+    cache = llm.kv_cache
+    note = cache.note_merges
 
     def noted(*arguments: object) -> None:
-        before = len(llm._merges)
+        before = len(cache.merges)
         note(*arguments)  # type: ignore[arg-type]
-        if len(llm._merges) > before and llm._spans:
+        if len(cache.merges) > before and cache.spans:
             mass = llm.engine.read_cells(0)  # type: ignore[union-attr]
-            newest = llm._spans[-1]
+            newest = cache.spans[-1]
             inside = (mass.order[:, 0] >= newest.start) & (mass.order[:, 0] < newest.end)
             seen.append(int((mass.mass[inside, 0] == 1).sum()))
 
-    llm._note_merge = noted  # type: ignore[method-assign]
+    cache.note_merges = noted  # type: ignore[method-assign]
     answer(llm, [{"role": "user", "content": content}], max_tokens=1)
     assert len(seen) >= 2
     assert all(n == 64 for n in seen)

@@ -33,7 +33,7 @@ def size(file: Path, model: Any, tokens: list[int], **options: Any) -> int:
             assert again.kv_stats().cells == llm.kv_stats().cells
             next(again.generate([*tokens, *range(5, 200)], temp=0))
             assert len(again.kv_stats().merges) == 2
-            assert np.isfinite(again._last_logits()).all()
+            assert np.isfinite(again.reader.last_logits()).all()
             again.close()
     return file.stat().st_size
 
@@ -69,7 +69,7 @@ def test_before_the_first_merge_nothing_is_left_out(tmp_path: Path) -> None:
             for llm in (first, second):
                 llm.engine.merge(40)
                 llm.eval([7])
-                logits.append(llm._last_logits().copy())
+                logits.append(llm.reader.last_logits().copy())
     np.testing.assert_array_equal(logits[0], logits[1])
 
 

@@ -199,7 +199,7 @@ class Files:
             llm.eval([token])
             logits = llm._ctx.get_logits_ith(-1)
             ids.append(int(np.argmax(np.ctypeslib.as_array(logits, (llm.n_vocab(),)))))
-        if not llm._trim(n):
+        if not llm.kv_cache.trim(n):
             raise AssertionError("what was read last cannot be removed")
         return ids
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-if TYPE_CHECKING:
-    from .llama import Llama
+from .cache import KVCache
 
 
 class TextDraft(LlamaDraftModel):
@@ -25,19 +23,21 @@ class TextDraft(LlamaDraftModel):
     ----------
     draft : callable
         The draft model.
-    llama : Llama
-        Whose draft model it is.
+    cache : KVCache
+        What was read.
+    n_vocab : int
+        Tokens of the vocabulary.
     """
 
-    def __init__(self, draft: Any, llama: Llama) -> None:
+    def __init__(self, draft: Any, cache: KVCache, n_vocab: int) -> None:
         self.draft = draft
-        self._llama = weakref.ref(llama)
+        self._cache = cache
+        self._n_vocab = n_vocab
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **options: Any) -> npt.NDArray[np.intc]:
         """Return tokens that may come next."""
-        llama = self._llama()
-        if llama is None or not llama.counts_positions_by_token:
+        if not self._cache.counts_positions_by_token:
             return np.zeros(0, np.intc)
         proposed = np.asarray(self.draft(input_ids, **options), np.intc)
-        unknown = np.flatnonzero((proposed < 0) | (proposed >= llama.n_vocab()))
+        unknown = np.flatnonzero((proposed < 0) | (proposed >= self._n_vocab))
         return proposed[: unknown[0]] if len(unknown) else proposed

@@ -107,3 +107,25 @@ def only_match(repo_id: StrPath, names: Sequence[str], pattern: str, option: str
         f"{option}={pattern!r} matches no file of {repo_id}, which has {shown}."
         f"{did_you_mean(pattern, names)}"
     )
+
+
+def fetch(
+    repo_id: StrPath,
+    filename: str,
+    mmproj: str | None,
+    additional_files: Sequence[str],
+    local_dir: StrPath | None = None,
+    cache_dir: StrPath | None = None,
+) -> tuple[Path, Path | None]:
+    """Return a model and the mmproj that goes with it; see `Llama.from_pretrained`."""
+    files = repository(repo_id, local_dir, cache_dir)
+    names = files.names()
+    model = files.get(only_match(repo_id, names, filename, "filename"))
+    for pattern in additional_files:
+        name = only_match(repo_id, names, pattern, "additional_files")
+        files.get(name)
+        if mmproj is None and "mmproj" in Path(name).name.lower():
+            mmproj = name
+    if mmproj is None:
+        return model, None
+    return model, files.get(only_match(repo_id, names, mmproj, "mmproj"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -17,47 +16,43 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import options as option_table
-from .budget import Budget
-from .cap import Cap
-from .chat.messages import check_messages, check_text
-from .chat.prompt_tokens import PromptTokens
 from .errors import (
-    CacheClearedError,
     ClosedError,
-    ContextLengthError,
-    DecodeError,
-    ForkedError,
     MediaError,
     ModelError,
     OptionError,
     OutOfMemoryError,
     StateError,
-    StoppedError,
-    UnknownOptionError,
     UnsupportedError,
-    did_you_mean,
 )
 from .forks import check_threads
 from .gguf_file import check_gguf
-from .media.access import MediaAccess
-from .media.image_merge import ImageMerge
 from .native import backends, loading
-from .native.log import caught, set_verbose
-from .policies import Policy, resolve
-from .progress import Meter, Report, report_of
-from .prompt import Media, MediaSpan, Prompt
-from .sampling import Processors, bias
-from .stats import KVStats, LayerFlow, MergeRecord
-from .turns import Stream, Turns, looks, takes_turn
 
 llama_cpp = loading.load()
 
 from llama_cpp.llama import Llama as StockLlama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 
+from . import options as option_table  # noqa: E402
+from . import settings as given  # noqa: E402
+from .byte_size import MIB  # noqa: E402
+from .cache import KVCache, SavedState  # noqa: E402
+from .cache_types import bytes_per_cell  # noqa: E402
+from .chat.messages import check_messages, check_text  # noqa: E402
+from .chat.prompt_tokens import PromptTokens  # noqa: E402
 from .chat.request import Request  # noqa: E402
-from .native.binding import Engine, EngineStats, small_beginning  # noqa: E402
+from .media.access import MediaAccess  # noqa: E402
+from .media.image_merge import ImageMerge  # noqa: E402
+from .native.binding import Engine, small_beginning  # noqa: E402
+from .native.log import caught, set_verbose  # noqa: E402
+from .policies import Policy  # noqa: E402
+from .progress import Report, report_of  # noqa: E402
+from .prompt import MediaSpan, Prompt  # noqa: E402
+from .reading import PromptReader  # noqa: E402
+from .sampling import Processors, plain, with_bias  # noqa: E402
+from .stats import KVStats, layer_flow  # noqa: E402
+from .turns import Stream, Turns, looks, takes_turn  # noqa: E402
 
 if TYPE_CHECKING:
     from llama_cpp.llama_types import (
@@ -70,36 +65,10 @@ if TYPE_CHECKING:
 
     from .chat.call_options import ChatOptions, CompletionOptions
     from .chat.context import Context
+    from .chat.text import TextHandler
 
 log = logging.getLogger("kvmerge")
 
-CACHE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-}
-"""Names that ``type_k`` and ``type_v`` accept, with their ``ggml_type``."""
-
-_UNQUANTIZED = ("f32", "f16", "bf16")
-_STOCK_OPTIONS = frozenset(inspect.signature(StockLlama.__init__).parameters) - {"self", "kwargs"}
-_PROJECTOR_SPELLINGS = ("mmproj", "mmproj_path", "clip_model_path")
-_OUR_OPTIONS = frozenset(
-    {*_PROJECTOR_SPELLINGS, "kv_merge", "kv_budget", "merge_before"}
-    | {"kv_max_cells", "keep_last_images", "kv_trace", "image_min_tokens", "image_max_tokens"}
-    | {"media_access", "image_cache", "image_cache_dir", "image_merge", "progress"}
-)
-_N_UBATCH = inspect.signature(StockLlama.__init__).parameters["n_ubatch"].default
-_FORGOTTEN_OPTIONS = frozenset(
-    {"rpc_servers", "mul_mat_q", "n_parts", "f16_kv", "low_vram", "n_gqa", "rms_norm_eps"}
-)
-"""What released versions of llama-cpp-python and frameworks on it pass, and none takes any more."""
-_MIB = 1024 * 1024
 _NATIVE = ("_ctx", "_model", "_batch", "tokenizer_")
 _abandoned: list[Any] = []
 """What a forked process must neither use nor free."""
@@ -118,61 +87,6 @@ class _Counted:
 
     prompt: int = 0
     answer: int = 0
-
-
-class _State(LlamaState):
-    """A saved state that also knows positions and media."""
-
-    positions: npt.NDArray[np.int32]
-    spans: list[MediaSpan]
-    merges: list[MergeRecord]
-    merging: bool
-
-
-def _cache_type(option: str, value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and value.lower() in CACHE_TYPES:
-        return CACHE_TYPES[value.lower()]
-    if (
-        isinstance(value, Integral)
-        and not isinstance(value, bool)
-        and int(value) in CACHE_TYPES.values()
-    ):
-        return int(value)
-    names = ", ".join(repr(name) for name in CACHE_TYPES)
-    raise OptionError(
-        f"{option}={value!r} is not a cache type: it must be one of {names}, or the matching "
-        f"llama_cpp.GGML_TYPE_* number.{did_you_mean(value, CACHE_TYPES)}"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Return log probabilities with Python's numbers in the place of NumPy's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
-
-
-def _with_bias(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options whose biases are a logits processor, where there are others too.
-
-    llama-cpp-python drops all of them where both are given.
-    """
-    if not options.get("logit_bias") or not options.get("logits_processor"):
-        return options
-    processors = [*options["logits_processor"], bias(options["logit_bias"])]
-    return {**options, "logit_bias": None, "logits_processor": processors}
-
-
-def _media_access(value: object) -> MediaAccess:
-    if value is None:
-        return MediaAccess.everything()
-    if isinstance(value, MediaAccess):
-        return value
-    raise OptionError(f"media_access={value!r}: it must be a kvmerge.MediaAccess, or None for all")
 
 
 class Llama(StockLlama):
@@ -268,85 +182,81 @@ class Llama(StockLlama):
         progress: bool | Report | None = None,
         **options: Any,
     ) -> None:
-        self._engine: Engine | None = None
-        self._is_closed = self._is_closing = False
-        self._process = os.getpid()
-        self._turns = Turns()
-        mmproj = self._take_projector(mmproj, options)
-        self._check_options(options)
+        self.turns = Turns()
+        self.kv_cache = KVCache()
+        mmproj = given.take_projector(mmproj, options)
+        given.check_stock(options)
         check_threads(options.get("n_threads"), options.get("n_threads_batch"))
-        self._policy = resolve(kv_merge)
-        self._budget = Budget(kv_budget)
-        if self._policy is not None:
-            self._policy.check_budget(self._budget)
-        self._merge_before = option_table.whole(0)("merge_before", merge_before)
-        self._cap = None if kv_max_cells is None else Cap(kv_max_cells)
-        self._whole = option_table.whole(0)("keep_last_images", keep_last_images)
-        self._trace = option_table.switch("kv_trace", kv_trace)
-        self._image_tokens = (image_min_tokens, image_max_tokens)
-        self._access = _media_access(media_access)
-        self._image_cache = (image_cache, image_cache_dir)
-        self._image_merge = image_merge
-        self._progress = progress
-        self._report = report_of(progress, bool(options.get("verbose", True)))
-        self._meter: Meter | None = None
-        self._check_combination(mmproj, options)
+        self.settings = given.Settings.of(
+            mmproj=mmproj,
+            kv_merge=kv_merge,
+            kv_budget=kv_budget,
+            merge_before=merge_before,
+            kv_max_cells=kv_max_cells,
+            keep_last_images=keep_last_images,
+            kv_trace=kv_trace,
+            image_min_tokens=image_min_tokens,
+            image_max_tokens=image_max_tokens,
+            media_access=media_access,
+            image_cache=image_cache,
+            image_cache_dir=image_cache_dir,
+            image_merge=image_merge,
+            progress=progress,
+        )
+        report = report_of(progress, bool(options.get("verbose", True)))
+        self.settings.check_beside(options)
+        self.reader = PromptReader(self.kv_cache, self.settings, self.turns, report)
 
         path = check_gguf(model_path, "model", ModelError)
-        handler = self._make_handler(mmproj)
+        handler = self._make_handler()
         if handler is not None:
             options["chat_handler"] = handler
-            self._fit_batches(path, mmproj, options)
+            self._fit_batches(path, options)
 
-        self._positions: npt.NDArray[np.int32] = np.zeros(1, np.int32)
-        self._known = 0
-        self._spans: list[MediaSpan] = []
-        self._merges: list[MergeRecord] = []
-        self._n_merges = 0
-        self._prefilled = False
-        self._end: tuple[list[int], npt.NDArray[np.single]] | None = None
-        self._cached_tokens = 0
         self._counted = _Counted()
         self._processors: Processors | None = None
         try:
             self._load(path, options)
-            self._fit_arrays()
-            # Index i is the position at which token i begins; the last known one is the next.
-            self._positions = np.zeros(len(self.input_ids) + 1, np.int32)
+            self._open_cache()
             if self.draft_model is not None:
                 from .draft import TextDraft
 
-                self.draft_model = TextDraft(self.draft_model, self)
+                self.draft_model = TextDraft(self.draft_model, self.kv_cache, self._n_vocab)
             if handler is not None:
                 handler.load(self)
             backends.log_device(options.get("n_gpu_layers"))
-            if self._policy is not None and self._is_merging:
-                self._engine = Engine(int(self._ctx.ctx), self._policy.engine_params())
-                self._engine.use(self._policy)
-                self._limit_cells(self._engine)
-                self._engine.keep_plans(kv_trace)
+            if self.settings.merges:
+                self._attach_engine()
         except BaseException:
             self.close()
             raise
 
-    @property
-    def _is_merging(self) -> bool:
-        """Whether there is anything to merge, ever."""
-        return self._policy is not None and not (self._budget.keeps_all and self._cap is None)
+    def _open_cache(self) -> None:
+        self._fit_arrays()
+        params = self.context_params
+        per_cell = bytes_per_cell(self.metadata, params.type_k, params.type_v)
+        self.kv_cache.open(self._ctx, per_cell)
+        scores = self.scores if self._logits_all else None
+        self.reader.open(self._ctx, self._batch, self._n_vocab, scores)
 
-    def _limit_cells(self, engine: Engine) -> None:
-        cells = 0
-        if self._cap is not None:
-            cells = self._cap.cells(engine.bytes() / engine.size())
+    def _attach_engine(self) -> None:
+        settings, cells = self.settings, 0
+        policy = settings.kv_merge
+        assert policy is not None
+        engine = Engine(int(self._ctx.ctx), policy.engine_params())
+        self.kv_cache.attach(engine)
+        engine.use(policy)
+        if settings.kv_max_cells is not None:
+            cells = settings.kv_max_cells.cells(engine.bytes() / engine.size())
             # A batch has to fit next to what is kept of the tokens before it.
             self.n_batch = min(self.n_batch, cells // 4)
-        share = self._budget.kept if isinstance(self._budget.kept, float) else 0.0
-        engine.set_room(cells, share, self._whole)
+        engine.set_room(cells, settings.share, settings.keep_last_images)
+        engine.keep_plans(settings.kv_trace)
 
     def _load(self, path: Path, options: dict[str, Any]) -> None:
         # With merging the cache begins with room for one batch, and grows with what is read.
         set_verbose(bool(options.get("verbose", True)))
-        first = max(options.get("n_ubatch", _N_UBATCH), 256) if self._is_merging else 0
+        first = max(options.get("n_ubatch", given.N_UBATCH), 256) if self.settings.merges else 0
         with caught() as errors, small_beginning(first):
             try:
                 super().__init__(os.fspath(path), **options)
@@ -376,104 +286,34 @@ class Llama(StockLlama):
             if self._logits_all:
                 self.scores = np.zeros((self._n_ctx, self._n_vocab), np.single)
 
-    # Options.
-
-    @staticmethod
-    def _take_projector(
-        mmproj: str | os.PathLike[str] | None, options: dict[str, Any]
-    ) -> str | os.PathLike[str] | None:
-        given = {"mmproj": mmproj}
-        given |= {name: options.pop(name) for name in _PROJECTOR_SPELLINGS if name in options}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(set(map(str, given.values()))) > 1:
-            raise OptionError(f"{' and '.join(given)} name different files: pass mmproj= only")
-        return next(iter(given.values()), None)
-
-    @staticmethod
-    def _check_options(options: dict[str, Any]) -> None:
-        for name in _FORGOTTEN_OPTIONS & options.keys():
-            log.warning("Llama no longer has the option %s: it changes nothing", name)
-            del options[name]
-        for name in options:
-            if name not in _STOCK_OPTIONS:
-                hint = did_you_mean(name, _STOCK_OPTIONS | _OUR_OPTIONS)
-                raise UnknownOptionError(f"Llama has no option {name!r}.{hint}")
-        for name in ("lora_base", "lora_path"):
-            if isinstance(options.get(name), os.PathLike):
-                options[name] = os.fspath(options[name])
-        options |= option_table.checked(option_table.LLAMA, options)
-        if options.get("lora_path") is not None:
-            check_gguf(options["lora_path"], "LoRA", ModelError)
-        for name in ("type_k", "type_v"):
-            if name in options:
-                options[name] = _cache_type(name, options[name])
-        if options.get("n_ctx"):
-            # The parent makes an array of as many rows, however few are ever used.
-            n_batch = options.get("n_batch", _N_UBATCH)
-            options["n_batch"] = min(n_batch, options["n_ctx"])
-        unquantized = {CACHE_TYPES[name] for name in _UNQUANTIZED}
-        type_v = options.get("type_v")
-        if type_v is not None and type_v not in unquantized and not options.get("flash_attn"):
-            raise OptionError("a quantized type_v needs flash_attn=True")
-
-    def _check_combination(
-        self, mmproj: str | os.PathLike[str] | None, options: dict[str, Any]
-    ) -> None:
-        handler = options.get("chat_handler")
-        merging = self._is_merging
-        if self._policy is None and (self._cap is not None or self._whole):
-            option = "kv_max_cells" if self._cap is not None else "keep_last_images"
-            raise OptionError(f"{option}= needs kv_merge=, which is None: say how to merge")
-        if mmproj is not None and handler is not None:
-            raise OptionError("mmproj= brings its own chat handler: pass it or chat_handler=")
-        if mmproj is not None and options.get("chat_format") is not None:
-            raise OptionError(
-                f"chat_format={options['chat_format']!r} is not used beside mmproj=: chats are "
-                "written as the model's own chat template says"
-            )
-        if mmproj is None and self._image_tokens != (None, None):
-            raise OptionError("image_min_tokens= and image_max_tokens= need mmproj=")
-        if mmproj is None and ImageMerge.of(self._image_merge) is not None:
-            raise OptionError("image_merge= needs mmproj=")
-        if mmproj is None and self._image_cache[1] is not None:
-            raise OptionError("image_cache_dir= needs mmproj=")
-        if merging and hasattr(handler, "clip_model_path"):
-            raise UnsupportedError(
-                f"{type(handler).__name__} clears the cache in every call and counts positions as "
-                "tokens, so it does not go with kv_merge=: pass the file as mmproj= instead"
-            )
-        if self._cap is not None and options.get("draft_model") is not None:
-            raise UnsupportedError(
-                "draft_model= does not go with kv_max_cells=: a proposal that is wrong is taken "
-                "back from the end of the cache, which a cap may have merged by then"
-            )
-        if merging and options.get("embedding"):
-            raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
-
-    def _make_handler(self, mmproj: str | os.PathLike[str] | None) -> Any:
+    def _make_handler(self) -> Any:
         from .media.image_cache import ImageCache, bytes_of
 
-        if mmproj is None:
-            bytes_of(self._image_cache[0])
+        settings = self.settings
+        if settings.mmproj is None:
+            bytes_of(settings.image_cache)
             return None
         from .chat.handler import ChatHandler
 
         return ChatHandler(
-            mmproj,
-            *self._image_tokens,
-            ImageCache(*self._image_cache),
-            ImageMerge.of(self._image_merge, self._image_tokens[0]),
+            settings.mmproj,
+            settings.image_min_tokens,
+            settings.image_max_tokens,
+            ImageCache(settings.image_cache, settings.image_cache_dir),
+            ImageMerge.of(settings.image_merge, settings.image_min_tokens),
         )
 
-    def _fit_batches(self, path: Path, mmproj: Any, options: dict[str, Any]) -> None:
+    def _fit_batches(self, path: Path, options: dict[str, Any]) -> None:
         """Make batches large enough for pictures that have to be read at once."""
         from .estimate.projector_size import ImageBounds
         from .media.picture_batch import picture_batch
 
-        needed = picture_batch(path, mmproj, ImageBounds(*self._image_tokens))
+        settings = self.settings
+        bounds = ImageBounds(settings.image_min_tokens, settings.image_max_tokens)
+        needed = picture_batch(path, settings.mmproj, bounds)
         for name in ("n_batch", "n_ubatch"):
-            given = options.get(name, _N_UBATCH)
-            if isinstance(given, Integral) and needed > int(given):
+            asked = options.get(name, given.N_UBATCH)
+            if isinstance(asked, Integral) and needed > int(asked):
                 log.info("%s is %d: this model reads a picture at once", name, needed)
                 options[name] = needed
 
@@ -510,19 +350,13 @@ class Llama(StockLlama):
         ModelError
             If a file is not there, or the hub cannot be reached.
         """
-        from .hub import only_match, repository
+        from .hub import fetch
 
         options.pop("local_dir_use_symlinks", None)
-        files = repository(repo_id, local_dir, cache_dir)
-        names = files.names()
-        model = files.get(only_match(repo_id, names, filename, "filename"))
-        for pattern in additional_files or ():
-            name = only_match(repo_id, names, pattern, "additional_files")
-            files.get(name)
-            if mmproj is None and "mmproj" in Path(name).name.lower():
-                mmproj = name
-        if mmproj is not None:
-            options["mmproj"] = files.get(only_match(repo_id, names, mmproj, "mmproj"))
+        patterns = (filename, mmproj, additional_files or ())
+        model, projector = fetch(repo_id, *patterns, local_dir, cache_dir)
+        if projector is not None:
+            options["mmproj"] = projector
         return cls(model, **options)
 
     # Life.
@@ -532,17 +366,18 @@ class Llama(StockLlama):
 
         A call that runs in another thread ends with a `ClosedError` at its next token or batch.
         """
-        if getattr(self, "_is_closed", True):
+        turns: Turns | None = getattr(self, "turns", None)
+        if turns is None or turns.is_closed:
             return
-        if self._process != os.getpid():
+        if not turns.is_of_this_process:
             self._abandon()
             return
-        self._is_closing = True
-        with self._turns.call(ends_streams=True):
-            if self._is_closed:
+        turns.is_closing = True
+        with turns.call(ends_streams=True):
+            if turns.is_closed:
                 return
-            self._is_closed = True
-            engine, self._engine = self._engine, None
+            turns.is_closed = True
+            engine = self.kv_cache.close()
             if engine is not None:
                 engine.detach()
             stack = getattr(self, "_stack", None)
@@ -556,18 +391,18 @@ class Llama(StockLlama):
 
     def _abandon(self) -> None:
         """In a forked process: free nothing, because the threads that would answer are not here."""
-        self._is_closed = True
+        self.turns.is_closed = True
         stack = getattr(self, "_stack", None)
         native = [getattr(self, name, None) for name in _NATIVE]
-        _abandoned.append((self._engine, native, None if stack is None else stack.pop_all()))
-        self._engine = None
+        engine = self.kv_cache.close()
+        _abandoned.append((engine, native, None if stack is None else stack.pop_all()))
         self._make_unusable()
 
     def __del__(self) -> None:
         self.close()
 
     def __enter__(self) -> Llama:
-        self._check_open()
+        self.turns.check_open()
         return self
 
     def __exit__(
@@ -578,95 +413,63 @@ class Llama(StockLlama):
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._is_closed or self._is_closing:
-            raise ClosedError("this Llama is closed: make a new one")
-        if self._process != os.getpid():
-            raise ForkedError(
-                "this Llama was made before the process forked, and its threads are not in the "
-                "new process: make a new Llama there, or start processes with "
-                'multiprocessing.set_start_method("spawn")'
-            )
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call a function when the model is freed, before it is."""
+        self._stack.callback(function)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_open()
+        self.turns.check_open()
         state = super().__getstate__()
         handler = state["chat_handler"]
         mmproj = None
         if hasattr(handler, "load"):
             mmproj, state["chat_handler"] = handler.clip_model_path, None
         state["draft_model"] = getattr(self.draft_model, "draft", self.draft_model)
-        return state | {
-            "mmproj": mmproj,
-            "kv_merge": self._policy,
-            "kv_budget": self._budget.kept,
-            "merge_before": self._merge_before,
-            "kv_max_cells": None if self._cap is None else self._cap.limit,
-            "keep_last_images": self._whole,
-            "kv_trace": self._trace,
-            "image_min_tokens": self._image_tokens[0],
-            "image_max_tokens": self._image_tokens[1],
-            "media_access": self._access,
-            "image_cache": self._image_cache[0],
-            "image_cache_dir": self._image_cache[1],
-            "image_merge": self._image_merge,
-            "progress": self._progress,
-        }
+        return state | self.settings.given() | {"mmproj": mmproj}
 
-    # Tokens, positions and cells.
-    #
-    # An interrupt may come between any two lines here.  Python's books may then claim less than the
-    # cache holds, which the next _trim() puts right, but never more: hence the order of the lines.
-
-    def _position(self, n_tokens: int) -> int:
-        """Return the position at which the token after the first `n_tokens` begins."""
-        if n_tokens <= self._known:
-            return int(self._positions[n_tokens])
-        return int(self._positions[self._known]) + n_tokens - self._known
+    # Tokens.  What of them is in the cache is noted in one place, also where the parent notes it.
 
     @property
-    def counts_positions_by_token(self) -> bool:
-        """Whether every token in the cache took one position, which pictures need not."""
-        return self._position(self.n_tokens) == self.n_tokens
+    def n_tokens(self) -> int:
+        """Tokens that were read."""
+        return self.kv_cache.n_tokens
 
-    def _trim(self, n_tokens: int) -> bool:
-        """Keep the first `n_tokens` tokens; False if that would cut into merged cells."""
-        position, seen = self._position(n_tokens), self.n_tokens
-        self.n_tokens = n_tokens
-        if not self._ctx.kv_cache_seq_rm(0, position, -1):
-            self.n_tokens = seen
-            return False
-        if n_tokens == 0:
-            self._merges.clear()
-        self._known = min(self._known, n_tokens)
-        self._spans = [span for span in self._spans if span.end <= n_tokens]
-        return True
+    @n_tokens.setter
+    def n_tokens(self, n_tokens: int) -> None:
+        self.kv_cache.n_tokens = n_tokens
 
-    def _forget(self) -> None:
-        """Claim nothing of what the cache holds."""
-        self.n_tokens = self._known = 0
-        self._spans.clear()
-        self._merges.clear()
-        self._requires_eval = True
+    @property
+    def input_ids(self) -> npt.NDArray[np.intc]:
+        """Ids of the tokens that were read, and room for more; negative ones stand for media."""
+        return self.kv_cache.ids
 
-    def _clear(self) -> None:
-        self._forget()
-        self._ctx.kv_cache_clear()
+    @input_ids.setter
+    def input_ids(self, ids: npt.NDArray[np.intc]) -> None:
+        self.kv_cache.ids = ids
 
-    def _append(self, ids: Sequence[int], positions: npt.NDArray[np.integer[Any]]) -> None:
-        """Note tokens that are now in the cache; `positions` has one more entry, the next."""
-        n, end = self.n_tokens, self.n_tokens + len(ids)
-        self.input_ids[n:end] = ids
-        self._positions[n : end + 1] = positions
-        self._known = self.n_tokens = end
+    @property
+    def _requires_eval(self) -> bool:
+        return not self.kv_cache.has_logits
+
+    @_requires_eval.setter
+    def _requires_eval(self, requires: bool) -> None:
+        self.kv_cache.has_logits = not requires
+
+    @property
+    def n_batch(self) -> int:
+        """The most tokens that are read at once."""
+        return self.reader.n_batch
+
+    @n_batch.setter
+    def n_batch(self, n_batch: int) -> None:
+        self.reader.n_batch = n_batch
 
     @takes_turn
     def reset(self) -> None:
         """Forget what was read."""
-        self._check_open()
         super().reset()
-        if not self._trim(0):
-            self._clear()
+        if not self.kv_cache.trim(0):
+            self.kv_cache.clear()
 
     @takes_turn
     def eval(self, tokens: Sequence[int]) -> None:
@@ -682,64 +485,7 @@ class Llama(StockLlama):
         ContextLengthError
             If they do not fit; nothing is read then.
         """
-        self._check_open()
-        n_tokens = self.n_tokens
-        if n_tokens + len(tokens) > self._n_ctx:
-            raise ContextLengthError(
-                f"{n_tokens + len(tokens)} tokens do not fit into n_ctx={self._n_ctx}: "
-                "make n_ctx larger or the prompt shorter"
-            )
-        if not self._trim(n_tokens):
-            raise StateError(
-                f"the cache cannot go back to token {n_tokens}, because it was merged since: "
-                "call reset() and read everything again"
-            )
-        if n_tokens > self._known:
-            # Something else, such as another chat handler, has filled the cache.
-            known = self._known
-            self._positions[known : n_tokens + 1] = self._position(known) + np.arange(
-                n_tokens + 1 - known
-            )
-            self._known = n_tokens
-        for start in range(0, len(tokens), self.n_batch):
-            batch = tokens[start : start + self.n_batch]
-            self._decode(batch)
-            if self._meter is not None:
-                self._meter.read(len(batch))
-
-    def _decode(self, batch: Sequence[int]) -> None:
-        self._check_open()
-        n, position = self.n_tokens, self._position(self.n_tokens)
-        self._batch.set_batch(batch=batch, n_past=position, logits_all=self._logits_all)
-        self._requires_eval = True
-        try:
-            self._ctx.decode(self._batch)
-        except RuntimeError as error:
-            self._check_not_cleared(error)
-            if self._engine is not None:
-                self._engine.raise_problem()
-            raise DecodeError(
-                f"llama.cpp could not read {len(batch)} tokens at position {position}: {error}"
-            ) from error
-        if self._cap is not None:
-            # Only where cells are short does reading merge.
-            self._note_merge()
-        if self._logits_all:
-            logits = np.ctypeslib.as_array(
-                self._ctx.get_logits(), shape=(len(batch) * self._n_vocab,)
-            )
-            self.scores[n : n + len(batch), :].reshape(-1)[:] = logits
-        self._append(batch, position + np.arange(len(batch) + 1))
-        self._requires_eval = False
-
-    def _check_not_cleared(self, error: Exception) -> None:
-        """Raise if reading failed because a merge for want of room left nothing of the cache."""
-        if self._engine is not None and self._known > 0 and self._engine.n_tokens() == 0:
-            self._clear()
-            raise CacheClearedError(
-                "a merge that was to make room failed while the cache changed, which is empty now: "
-                "read everything again"
-            ) from error
+        self.reader.eval(tokens)
 
     @takes_turn
     def read(self, prompt: Prompt, *, merge: bool = True, answer: bool = True) -> None:
@@ -759,221 +505,7 @@ class Llama(StockLlama):
         ContextLengthError
             If it does not fit into ``n_ctx``; nothing is lost then.
         """
-        self._check_open()
-        tokens = prompt.tokens
-        self._check_length(prompt, len(tokens))
-        if not tokens:
-            raise StateError("the prompt is empty")
-        if prompt.segments[-1].media is not None:
-            raise MediaError("the prompt ends with a picture or sound: text has to follow it")
-
-        keep = self._common_prefix(prompt, tokens)
-        seen = self.n_tokens
-        if keep == seen == len(tokens) and not self._requires_eval:
-            self._cached_tokens = keep
-            if merge:
-                self._merge()
-            return
-        shared = keep
-        if keep == len(tokens) and answer:
-            if self._return_to_end(tokens):
-                self._cached_tokens = keep
-                return
-            # The logits of the last token are needed again.
-            keep -= 1
-        if any(token < 0 for token in tokens[keep:]) and len(prompt.segments) == 1:
-            raise MediaError(
-                "the pictures of this prompt are no longer in the cache: something else was read "
-                "in the meantime, call create_chat_completion() again"
-            )
-        if not self._trim(keep):
-            log.info(
-                "reading all %d tokens of the prompt again: %s, and what comes before was merged",
-                len(tokens),
-                self._difference(prompt, len(tokens), shared),
-            )
-            self._clear()
-            keep = 0
-        elif 0 < keep < seen:
-            log.debug("keeping %d of %d tokens in the cache", keep, seen)
-        self._cached_tokens = keep
-
-        split = len(tokens) if self._engine is None else len(tokens) - self._merge_before
-        last_media = max((span.end for span in prompt.spans()), default=0)
-        split = max(split, keep, last_media)
-        self._requires_eval = True
-        rest = [segment.media for segment in prompt.rest(keep) if segment.media is not None]
-        with self.reporting(len(tokens) - keep, rest):
-            self._read_range(prompt, keep, split)
-            if split < len(tokens):
-                if merge:
-                    self._merge()
-                self._read_range(prompt, split, len(tokens))
-                self._note_end(tokens)
-            else:
-                self._note_end(tokens)
-                if merge:
-                    self._merge()
-
-    @contextmanager
-    def reporting(self, n_tokens: int, media: Sequence[Media]) -> Iterator[Meter | None]:
-        """Report how far the reading of so many tokens is, among them these pictures and sounds."""
-        if self._report is None:
-            yield None
-            return
-        before, meter = self._meter, Meter(self._report, n_tokens, media)
-        self._meter = meter
-        try:
-            yield meter
-        finally:
-            self._meter = before
-            meter.close()
-
-    def _note_end(self, tokens: list[int]) -> None:
-        """Keep the logits from which an answer begins, where a merge is going to change them."""
-        logits = self._last_logits() if self._engine is not None else None
-        self._end = None if logits is None else (tokens, logits.copy())
-
-    def _return_to_end(self, tokens: list[int]) -> bool:
-        """Go back to the end of the prompt that was read last; False if it was another.
-
-        The same question then begins its answer as it did the first time.
-        """
-        if self._end is None or self._end[0] != tokens or not self._trim(len(tokens)):
-            return False
-        logits = self._last_logits()
-        if logits is None:
-            return False
-        logits[:] = self._end[1]
-        self._requires_eval = False
-        return True
-
-    def _last_logits(self) -> npt.NDArray[np.single] | None:
-        """Return those that the next token is sampled from, where llama.cpp has them."""
-        pointer = self._ctx.get_logits_ith(-1)
-        return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)) if pointer else None
-
-    def _check_length(self, prompt: Prompt, n_tokens: int) -> None:
-        if n_tokens < self._n_ctx:
-            return
-        images = prompt.n_media_tokens("image")
-        of_images = f" ({images} of them pictures)" if images else ""
-        raise ContextLengthError(
-            f"the prompt has {n_tokens} tokens{of_images}, and n_ctx={self._n_ctx} takes "
-            f"{self._n_ctx - 1} with room for an answer: make n_ctx larger or the prompt shorter"
-        )
-
-    def _common_prefix(self, prompt: Prompt, tokens: list[int]) -> int:
-        """Return how many tokens at the beginning are in the cache, in whole media."""
-        n = min(self.n_tokens, len(tokens))
-        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], np.int64))
-        keep = int(differ[0]) if differ.size else n
-        spans = {span.start: span for span in self._spans}
-        for span in [*self._spans, *prompt.spans()]:
-            if span.start < keep and (span.end > keep or spans.get(span.start) != span):
-                keep = span.start
-        return keep
-
-    def _difference(self, prompt: Prompt, n_tokens: int, shared: int) -> str:
-        """Return in words where a prompt leaves what is in the cache."""
-        if shared == n_tokens:
-            return f"it ends after {shared} of the {self.n_tokens} tokens in the cache"
-        names = {"image": "picture", "audio": "sound"}
-        counts = dict.fromkeys(names, 0)
-        for span in prompt.spans():
-            counts[span.modality] += 1
-            if span.start == shared:
-                place = f"{names[span.modality]} {counts[span.modality]}"
-                return f"{place} is not what is in the cache there"
-        return f"it differs from the cache after {shared} of {self.n_tokens} tokens"
-
-    def _read_range(self, prompt: Prompt, start: int, end: int) -> None:
-        """Read the tokens from `start` up to `end`; media are read as a whole."""
-        at = 0
-        for segment in prompt.segments:
-            first, last = max(start - at, 0), min(end - at, len(segment.ids))
-            at += len(segment.ids)
-            if first >= last:
-                continue
-            if segment.media is None:
-                self.eval(segment.ids[first:last])
-                continue
-            media = segment.media
-            n, position = self.n_tokens, self._position(self.n_tokens)
-            scope = nullcontext() if self._engine is None else self._engine.media(media.modality)
-            try:
-                with scope:
-                    after = media.decode(position)
-            except StoppedError:
-                self._trim(n)  # What was read of a picture is no use without the rest.
-                raise
-            except DecodeError as error:
-                self._check_not_cleared(error)
-                raise
-            positions = np.full(len(segment.ids) + 1, position, np.int32)
-            positions[-1] = after
-            self._note_merge()
-            span = MediaSpan(n, n + len(segment.ids), media.digest, media.modality)
-            self._spans.append(span)
-            self._append(segment.ids, positions)
-
-    def _merge(self) -> None:
-        """Merge the cache when it holds more cells than the budget says."""
-        if self._engine is None or self._policy is None:
-            return
-        # What stays as it is comes on top of a fraction; a number of cells is what was asked for.
-        whole = 0 if isinstance(self._budget.kept, int) else self._whole_tokens()
-        media = sum(span.end - span.start for span in self._spans)
-        budget = whole + self._policy.kept_cells(
-            self._budget, self.n_tokens - media, media - whole, len(self._spans)
-        )
-        before, bytes_before = self._held()
-        if before <= budget:
-            return
-        try:
-            self._engine.merge(budget)
-        except CacheClearedError:
-            self._clear()
-            raise
-        self._note_merge(before, bytes_before)
-
-    def _whole_tokens(self) -> int:
-        """Return the tokens of the pictures that are not merged."""
-        spans = [span for span in self._spans if span.modality == "image"]
-        return sum(span.end - span.start for span in spans[max(0, len(spans) - self._whole) :])
-
-    def _note_merge(self, before: int | None = None, bytes_before: float | None = None) -> None:
-        """Note every merge since the last one noted: we asked, or batches needed room."""
-        if self._engine is None:
-            return
-        count = self._engine.stats().n_merges - self._n_merges
-        self._n_merges += count
-        try:
-            merges = self._engine.merges(count)
-        except StateError:
-            return  # A state was restored past this class: those merges were of another past.
-        for merge in merges:
-            cells, held = merge.n_cells_before, merge.n_cells_before * merge.bytes_per_cell
-            if before is not None and bytes_before is not None:
-                cells, held = before, bytes_before
-            self._note(merge, cells, held)
-
-    def _note(self, merge: EngineStats, before: int, bytes_before: float) -> None:
-        ms, after = merge.t_total_us / 1000, round(merge.bytes_after / merge.bytes_per_cell)
-        text, text_after = merge.n_text_before, merge.n_text_after
-        self._merges.append(MergeRecord(merge.n_tokens, before, after, ms, text, text_after))
-        log.info(
-            "merged %d cells into %d (%s; %d tokens, %d positions), %.2f MiB into %.2f MiB, "
-            "%.1f ms",
-            before,
-            after,
-            f"text: {text} into {text_after}" if text_after < text else "all text kept",
-            merge.n_tokens,
-            self._position(merge.n_tokens),
-            bytes_before / _MIB,
-            merge.bytes_after / _MIB,
-            ms,
-        )
+        self.reader.read(prompt, merge=merge, answer=answer)
 
     # Generation.
 
@@ -996,18 +528,17 @@ class Llama(StockLlama):
 
     @takes_turn
     def _stream(self, chunks: Iterator[Any]) -> Stream:
-        return self._turns.stream(chunks)
+        return self.turns.stream(chunks)
 
     def _generate(
         self, tokens: list[int], sampling: tuple[Any, ...], reset: bool, *args: Any, **options: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        prefilled, self._prefilled = self._prefilled, False
         counted, ends = self._counted, self._ends
         counted.prompt = len(tokens)
         if not reset:
             self.eval(tokens)
-            self._merge()
-        elif not (prefilled and self._is_read(tokens)):
+            self.reader.merge()
+        elif not self.reader.take_prompt(tokens):
             self.read(Prompt.from_tokens(tokens))
         # The parent finds no tokens left to read, and samples.
         generated = super().generate([], *sampling, False, *args, **options)
@@ -1026,13 +557,6 @@ class Llama(StockLlama):
                         "tokens that are sent to generate() need the logits of every token: "
                         "make the Llama with logits_all=True"
                     )
-
-    def _is_read(self, tokens: list[int]) -> bool:
-        """Whether exactly these tokens are in the cache, ready to be sampled from."""
-        n = self.n_tokens
-        return (
-            n == len(tokens) and not self._requires_eval and self.input_ids[:n].tolist() == tokens
-        )
 
     def _ends(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
@@ -1053,9 +577,9 @@ class Llama(StockLlama):
         return token
 
     def _create_completion(self, *args: Any, **options: Any) -> Iterator[Any]:
-        self._check_open()
+        self.turns.check_open()
         self._counted = _Counted()
-        if self.cache is not None and self._engine is not None:
+        if self.cache is not None and self.kv_cache.engine is not None:
             raise UnsupportedError(
                 "set_cache() does not go with kv_merge=: it would cut saved states to what a new "
                 "prompt shares, and merged cells cannot be cut. Call set_cache(None)"
@@ -1066,23 +590,21 @@ class Llama(StockLlama):
                 if usage is not None:
                     usage["prompt_tokens_details"] = self._prompt_tokens_details()
                 for choice in part["choices"]:
-                    choice["logprobs"] = _plain(choice["logprobs"])
+                    choice["logprobs"] = plain(choice["logprobs"])
                 yield part
         except ValueError as error:
             # It counts the tokens of a text before anything of ours sees them.
             if too_long := re.match(r"Requested tokens \((\d+)\) exceed", str(error)):
-                self._check_length(Prompt(), int(too_long[1]))
+                self.reader.check_length(Prompt(), int(too_long[1]))
             raise
 
     def _prompt_tokens_details(self) -> dict[str, int]:
-        details = {"cached_tokens": self._cached_tokens, "cells": self._held()[0]}
+        details = {"cached_tokens": self.reader.cached_tokens, "cells": self.kv_cache.held()[0]}
         for modality in ("image", "audio"):
-            details[f"{modality}_tokens"] = sum(
-                span.end - span.start for span in self._spans if span.modality == modality
-            )
+            details[f"{modality}_tokens"] = self.kv_cache.n_media_tokens(modality)
         return details
 
-    def _usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Return what the last completion has read and written, as OpenAI calls it."""
         counted = self._counted
         return {
@@ -1127,8 +649,8 @@ class Llama(StockLlama):
         for name, value in request.options.items():
             if name != "prompt" or isinstance(value, str):
                 check_text(value, name)
-        answer = super().create_completion(**_with_bias(request.options))
-        return self._in_steps(request.shape(answer, self._usage))
+        answer = super().create_completion(**with_bias(request.options))
+        return self._in_steps(request.shape(answer, self.usage))
 
     def _check_logits(self, options: dict[str, Any]) -> None:
         biases = options.get("logit_bias") or {}
@@ -1143,7 +665,7 @@ class Llama(StockLlama):
 
     def _in_steps(self, answer: Any) -> Any:
         """Return an answer as it is, or one that streams as a stream that has the turn."""
-        return self._turns.stream(answer) if isinstance(answer, Iterator) else answer
+        return self.turns.stream(answer) if isinstance(answer, Iterator) else answer
 
     @overload
     def create_chat_completion(
@@ -1174,26 +696,33 @@ class Llama(StockLlama):
         for name, value in options.items():
             check_text(value, name)
         answer = super().create_chat_completion(self._checked(messages), **options)
-        return self._in_steps(request.shape(answer, self._usage))
+        return self._in_steps(request.shape(answer, self.usage))
 
     def _checked(self, messages: Any) -> list[Any]:
         """Return messages in the form that the chat handler takes."""
-        from .chat.text import TextHandler
-
         if self.chat_handler is None:
-            self._chat_handlers[self.chat_format] = TextHandler.of(self, self.chat_format)
+            self.text_handler()
         elif not hasattr(self.chat_handler, "load"):
             # Somebody else's, which may know other parts.
             check_text(messages := list(messages), "messages")
             return messages
         messages = check_messages(messages)
-        self._check_media(messages)
+        self.check_media(messages)
         return messages
 
-    def _check_media(self, messages: list[Any]) -> None:
+    def text_handler(self) -> TextHandler:
+        """Return what chats of text are read with, and use it from now on."""
+        from .chat.text import TextHandler
+
+        handler = TextHandler.of(self.chat_format, self._chat_handlers)
+        self._chat_handlers[self.chat_format] = handler
+        return handler
+
+    def check_media(self, messages: list[Any]) -> None:
+        """Raise if checked messages show what this model cannot see or hear."""
         if self.chat_handler is not None:
             return
-        from .media import find_media
+        from .media.part import find_media
 
         if found := find_media(messages):
             raise MediaError(
@@ -1209,7 +738,6 @@ class Llama(StockLlama):
         special: bool = False,
     ) -> bytes:
         """Turn tokens into text; what stands for pictures is left out."""
-        self._check_open()
         if prev_tokens is not None:
             prev_tokens = [token for token in prev_tokens if token >= 0]
         tokens = [token for token in tokens if token >= 0]
@@ -1220,15 +748,9 @@ class Llama(StockLlama):
     @looks
     def save_state(self) -> LlamaState:
         """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
-        self._check_open()
-        stock = super().save_state()
-        state = _State.__new__(_State)
-        state.__dict__.update(stock.__dict__)
-        state.positions = self._positions[: self._known + 1].copy()
-        state.spans = list(self._spans)
-        state.merges = list(self._merges)
-        state.merging = self._engine is not None
-        return state
+        snapshot = self.kv_cache.snapshot(whole=True)
+        merges = self.kv_cache.engine is not None
+        return SavedState(snapshot, self.input_ids, self._scores, self._seed, merges)
 
     @takes_turn
     def load_state(self, state: LlamaState) -> None:
@@ -1241,36 +763,26 @@ class Llama(StockLlama):
             this model has none, or the other way round, or with another policy.
             What the cache held is still there then.
         """
-        self._check_open()
-        merging = isinstance(state, _State) and state.merging
-        if merging != (self._engine is not None):
-            with_, here = ("with", "without") if merging else ("without", "with")
+        merges = self.kv_cache.engine is not None
+        if merges != (saved := isinstance(state, SavedState) and state.merges):
+            with_, here = ("with", "without") if saved else ("without", "with")
             raise StateError(f"the state was saved {with_} kv_merge=, this model is {here} it")
-        n_ctx = len(self.input_ids)
-        if state.n_tokens > n_ctx:
-            raise StateError(f"the state holds {state.n_tokens} tokens, n_ctx here is {n_ctx}")
-        before, needs_eval = super().save_state(), self._requires_eval
+        n, n_ctx = state.n_tokens, len(self.input_ids)
+        if n > n_ctx:
+            raise StateError(f"the state holds {n} tokens, n_ctx here is {n_ctx}")
         try:
-            with caught() as errors:
-                super().load_state(state)
-        except (RuntimeError, ValueError) as error:
-            super().load_state(before)
-            self._requires_eval = needs_eval
+            if self.scores[:n].shape != state.scores.shape:
+                raise StateError("it has logits of another shape")
+            self.kv_cache.replace(SavedState.snapshot_of(state))
+        except StateError as error:
             raise StateError(
                 "the state does not fit this model, its cache type or its kv_merge= policy: "
-                f"{errors.reason or error}. The cache is as it was"
+                f"{error}. The cache is as it was"
             ) from error
-        ids = np.zeros(n_ctx, np.intc)
-        ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.input_ids = ids
-        self._n_merges = 0 if self._engine is None else self._engine.stats().n_merges
-        if isinstance(state, _State):
-            self._known = len(state.positions) - 1
-            self._positions[: self._known + 1] = state.positions
-            self._spans = list(state.spans)
-            self._merges = list(state.merges)
-        else:
-            self._known, self._spans, self._merges = 0, [], []
+        self.scores[:n] = state.scores
+        rest = self.scores[n:]
+        rest[rest > 0] = 0
+        self._seed = state.seed
 
     @looks
     def report(self, path: str | os.PathLike[str], messages: Any) -> Path:
@@ -1317,10 +829,11 @@ class Llama(StockLlama):
         StateError
             If the cache is empty or the file cannot be written.
         """
-        from . import saving
+        from .saving import save
 
-        self._check_open()
-        saving.save(self, path)
+        kept = None if self.engine is None else self.settings.kv_budget.kept
+        about = {"origin": self._origin(), "n_ctx": self.n_ctx(), "budget": kept}
+        save(self.kv_cache, path, about)
 
     @takes_turn
     def load_context(self, path: str | os.PathLike[str]) -> None:
@@ -1339,10 +852,14 @@ class Llama(StockLlama):
             If the file is missing, damaged, of another format version, or of another model, cache
             type or policy; the message says which.  What the cache held is still there then.
         """
-        from . import saving
+        from .saving import load
 
-        self._check_open()
-        saving.load(self, path)
+        load(self.kv_cache, path, self._origin(), self._n_vocab)
+
+    def _origin(self) -> dict[str, Any]:
+        from .saving import origin_of
+
+        return origin_of(self, None if self.engine is None else self.policy)
 
     def context(self, messages: Any, **options: Any) -> Context:
         """Return a context that reads messages once and answers many questions about them.
@@ -1362,7 +879,7 @@ class Llama(StockLlama):
         """
         from .chat.context import Context
 
-        self._check_open()
+        self.turns.check_open()
         return Context(self, messages, options)
 
     @looks
@@ -1386,148 +903,73 @@ class Llama(StockLlama):
         """
         from .chat.context import chat_tokens
 
-        self._check_open()
         options = option_table.of_call(
             StockLlama.create_chat_completion, option_table.CHAT, [messages], options
         )
         prompt = chat_tokens(self, self._checked(options.pop("messages")), options)
-        return PromptTokens.of(prompt, self._common_prefix(prompt, prompt.tokens))
+        return PromptTokens.of(prompt, self.kv_cache.common_prefix(prompt, prompt.tokens))
 
     # What the cache holds.
 
     @property
     def engine(self) -> Engine | None:
         """The merging engine, for a look inside; None when merging is off."""
-        self._check_open()
-        return self._engine
+        self.turns.check_open()
+        return self.kv_cache.engine
 
     @property
     def policy(self) -> Policy | None:
         """How the cache is merged; None when merging is off."""
-        return self._policy
+        return self.settings.kv_merge
 
     @property
     def media_access(self) -> MediaAccess:
         """Which files and URLs messages may name."""
-        return self._access
+        return self.settings.media_access
 
     @property
     def kv_trace(self) -> bool:
         """Whether what the last merge did to every token is kept."""
-        return self._trace
+        return self.settings.kv_trace
 
     @property
     def media_spans(self) -> tuple[MediaSpan, ...]:
         """Where the pictures and sounds lie among the tokens that were read."""
-        return tuple(self._spans)
-
-    def _held(self) -> tuple[int, int]:
-        """Return the cells that are held, as the mean over the layers, and their bytes."""
-        if self._engine is None:
-            return self.n_tokens, self.n_tokens * self._bytes_per_cell()
-        cells, last = self._engine.n_cells(), self._engine.stats()
-        if not self._merges:
-            return cells, cells * last.bytes_per_cell
-        # Layers may hold different numbers of cells; each new token takes one in all of them.
-        held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
-        return round(held / last.bytes_per_cell), held
+        return self.kv_cache.spans
 
     @looks
     def kv_stats(self) -> KVStats:
         """Return what the cache holds: tokens seen, positions, cells, MiB, merges and flow."""
-        self._check_open()
-        engine, policy = self._engine, self._policy
-        self._note_merge()  # there may have been one while something else decoded, under a cap
-        elsewhere = self._read_elsewhere()
-        tokens, positions = self.n_tokens + elsewhere, self._position(self.n_tokens + elsewhere)
-        cells, held = self._held()
+        cache, policy = self.kv_cache, self.policy
+        engine, per_cell = cache.engine, cache.bytes_per_cell
+        cache.note_merges()  # there may have been some while something else decoded, under a cap
+        elsewhere = cache.read_elsewhere()
+        tokens = cache.n_tokens + elsewhere
+        cells, held = (tokens, tokens * per_cell) if engine is None else cache.held()
+        merges = cache.merges
         images = getattr(self.chat_handler, "image_cache", None)
         merged = getattr(self.chat_handler, "merge_counts", None)
-        if engine is None or policy is None:
-            per_cell = self._bytes_per_cell()
-            return KVStats(
-                tokens=tokens,
-                positions=positions,
-                cells=tokens,
-                bytes_per_cell=per_cell,
-                mib=tokens * per_cell / _MIB,
-                mib_full=tokens * per_cell / _MIB,
-                policy="none" if policy is None else str(policy),
-                budget=None if policy is None else self._budget.kept,
-                budget_of="tokens" if policy is None else policy.budget_of,
-                image_cache=None if images is None else images.stats(),
-                image_merge=None if merged is None else replace(merged),
-                elsewhere=elsewhere,
-            )
-        per_cell = engine.stats().bytes_per_cell
-        flow: list[LayerFlow] = []
-        if self._merges:
-            flows = engine.flow()
-            for i, values in enumerate(
-                zip(flows.rho, flows.text_to_media, flows.media_to_text, strict=True)
-            ):
-                rho, text_to_media, media_to_text = (float(value) for value in values)
-                if rho < 0:
-                    continue
-                across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
-                index = engine.layer(i).index
-                flow.append(LayerFlow(index, rho, text_to_media, media_to_text, across))
         return KVStats(
             tokens=tokens,
-            positions=positions,
+            positions=cache.position(tokens),
             cells=cells,
             bytes_per_cell=per_cell,
-            mib=held / _MIB,
-            mib_full=tokens * per_cell / _MIB,
-            policy=str(policy),
-            budget=self._budget.kept,
-            budget_of=policy.budget_of,
-            merges=tuple(self._merges),
-            last_merge_ms=self._merges[-1].ms if self._merges else 0.0,
-            flow=tuple(flow),
-            layer_cells=tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers)),
+            mib=held / MIB,
+            mib_full=tokens * per_cell / MIB,
+            policy="none" if policy is None else str(policy),
+            budget=None if policy is None else self.settings.kv_budget.kept,
+            budget_of="tokens" if policy is None else policy.budget_of,
+            merges=merges,
+            last_merge_ms=merges[-1].ms if merges else 0.0,
+            flow=layer_flow(engine, policy) if engine and policy and merges else (),
+            layer_cells=_layer_cells(engine),
             image_cache=None if images is None else images.stats(),
             image_merge=None if merged is None else replace(merged),
             elsewhere=elsewhere,
         )
 
-    def _read_elsewhere(self) -> int:
-        """Return the tokens that are in the cache and that no call of this class has read.
 
-        Below 0 where something else has removed some.
-        """
-        if self._engine is not None:
-            return self._engine.n_tokens() - self.n_tokens
-        memory = llama_cpp.llama_get_memory(self.ctx)
-        if memory is None:
-            return 0
-        return (
-            int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) + 1 - self._position(self.n_tokens)
-        )
-
-    def _bytes_per_cell(self) -> int:
-        """Return the bytes of K and V of a cell from the model's shape; 0 where it varies."""
-        arch = self.metadata.get("general.architecture", "")
-        try:
-            heads = int(self.metadata[f"{arch}.attention.head_count"])
-            heads_kv = int(self.metadata.get(f"{arch}.attention.head_count_kv", heads))
-            layers = int(self.metadata[f"{arch}.block_count"])
-            size = int(self.metadata[f"{arch}.embedding_length"]) // heads
-            size_k = int(self.metadata.get(f"{arch}.attention.key_length", size))
-            size_v = int(self.metadata.get(f"{arch}.attention.value_length", size))
-        except (KeyError, ValueError, ZeroDivisionError):
-            return 0
-        params = self.context_params
-        return layers * (
-            _row_size(params.type_k, heads_kv * size_k)
-            + _row_size(params.type_v, heads_kv * size_v)
-        )
-
-
-def _row_size(ggml_type: int, n: int) -> int:
-    """Return the bytes of a row of `n` numbers of one of `CACHE_TYPES`."""
-    # ggml_type: (numbers a block, bytes a block)
-    blocks = {0: (1, 4), 1: (1, 2), 30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24)}
-    blocks |= {8: (32, 34), 20: (32, 18)}
-    numbers, size = blocks[ggml_type]
-    return n // numbers * size
+def _layer_cells(engine: Engine | None) -> tuple[int, ...]:
+    if engine is None:
+        return ()
+    return tuple(engine.layer_cells(i) for i in range(engine.stats().n_layers))

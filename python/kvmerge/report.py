@@ -10,17 +10,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .chat.messages import check_messages, joined
 from .errors import OptionError, StateError
-from .media import find_media
+from .media.part import find_media
+from .model import Model
 from .native.binding import FATES, MODALITIES
-
-if TYPE_CHECKING:
-    from .llama import Llama
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -39,7 +37,7 @@ def patch_grid(n_tokens: int) -> tuple[int, int]:
     return n_tokens, 1
 
 
-def merge_view(llm: Llama) -> dict[str, Any] | None:
+def merge_view(llm: Model) -> dict[str, Any] | None:
     """Return what the last merge of a model did, per layer and head, as plain data.
 
     Parameters
@@ -59,13 +57,14 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
         If the model does not keep what merges do.
     """
     engine, stats = llm.engine, llm.kv_stats()
-    if engine is None or llm.policy is None or not stats.merges:
+    policy = llm.settings.kv_merge
+    if engine is None or policy is None or not stats.merges:
         return None
-    if not llm.kv_trace:
+    if not llm.settings.kv_trace:
         raise StateError(
             "what the merge did to every token was not kept: make Llama(kv_trace=True)"
         )
-    spans = [span for span in llm.media_spans if span.modality == "image"]
+    spans = [span for span in llm.kv_cache.spans if span.modality == "image"]
     layers = []
     for index, flow in enumerate(stats.flow):
         heads = []
@@ -95,8 +94,8 @@ def merge_view(llm: Llama) -> dict[str, Any] | None:
         )
     merge = stats.merges[-1]
     return {
-        "theta": llm.policy.theta,
-        "match": llm.policy.match,
+        "theta": policy.theta,
+        "match": policy.match,
         "policy": stats.policy,
         "cells_before": merge.cells_before,
         "cells_after": merge.cells_after,
@@ -189,13 +188,14 @@ def write_report(
         raise OptionError(f"the report {path} cannot be written: {error.strerror}") from error
 
 
-def report_chat(llm: Llama, messages: Any, file: str | os.PathLike[str]) -> Path:
+def report_chat(llm: Model, messages: Any, file: str | os.PathLike[str]) -> Path:
     """Write a report of the chat that a model has in its cache; see `Llama.report`."""
     path = Path(os.fsdecode(file)).expanduser()
     check_place(path)
     messages, stats = check_messages(messages), llm.kv_stats()
     view = merge_view(llm) if len(stats.merges) == 1 else None
-    media = [part for part in find_media(messages, llm.media_access) if part.modality == "image"]
+    media = find_media(messages, llm.settings.media_access)
+    media = [part for part in media if part.modality == "image"]
     merge_ms = sum(merge.ms for merge in stats.merges)
     about = "One chat, and what its cache holds after it."
     if len(stats.merges) > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 
 class Processors:
     """Logits processors whose errors reach the caller.
@@ -50,3 +52,23 @@ def bias(biases: dict[int, float]) -> Callable[[Any, Any], Any]:
         return scores
 
     return add
+
+
+def plain(value: Any) -> Any:
+    """Return log probabilities with Python's numbers in the place of NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+def with_bias(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose biases are a logits processor, where there are others too.
+
+    llama-cpp-python drops all of them where both are given.
+    """
+    if not options.get("logit_bias") or not options.get("logits_processor"):
+        return options
+    processors = [*options["logits_processor"], bias(options["logit_bias"])]
+    return {**options, "logit_bias": None, "logits_processor": processors}

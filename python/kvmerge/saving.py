@@ -6,7 +6,7 @@ A file is::
     4 bytes   format version                    little-endian, as all numbers here
     4 bytes   bytes of the header
     8 bytes   bytes of the cells
-    header    JSON: what was saved, and from what (`_header`)
+    header    JSON: what was saved, and from what (`origin_of`)
     cells     llama.cpp's state of the sequence, with the engine's part
     32 bytes  SHA-256 of everything before
 
@@ -26,21 +26,21 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
+from llama_cpp.llama import Llama as StockLlama
 
+from .cache import KVCache, Snapshot
+from .cache_types import CACHE_TYPES
 from .errors import StateError
 from .gguf_file import fingerprint
 from .native.library import LLAMA_CPP_PYTHON
+from .policies import Policy
 from .prompt import MediaSpan
-from .snapshot import Snapshot
 from .stats import MergeRecord
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .llama import Llama
 
 _Record = TypeVar("_Record", MediaSpan, MergeRecord)
 
@@ -66,10 +66,16 @@ _FROM_CONTEXT = (
 # What a file says.
 
 
-def _origin(llm: Llama) -> dict[str, Any]:
-    """Return what has to be the same where a file is loaded, in the words of error messages."""
-    from .llama import CACHE_TYPES
+def origin_of(llm: StockLlama, policy: Policy | None) -> dict[str, Any]:
+    """Return what has to be the same where a file is loaded, in the words of error messages.
 
+    Parameters
+    ----------
+    llm : llama_cpp.Llama
+        The model.
+    policy : Policy or None
+        How its cache is merged; None where it is not.
+    """
     names = {number: name for name, number in CACHE_TYPES.items()}
     params, projector = llm.context_params, getattr(llm.chat_handler, "clip_model_path", None)
     return {
@@ -82,33 +88,39 @@ def _origin(llm: Llama) -> dict[str, Any]:
         "type_k": names.get(params.type_k, params.type_k),
         "type_v": names.get(params.type_v, params.type_v),
         **{name: getattr(params, name) for name in _FROM_CONTEXT},
-        "kv_merge": None if llm.engine is None or llm.policy is None else str(llm.policy),
-        "policy": None if llm.engine is None or llm.policy is None else llm.policy.engine_params(),
-    }
-
-
-def _header(llm: Llama, snapshot: Snapshot) -> dict[str, Any]:
-    return {
-        "kvmerge": __version__,
-        "origin": _origin(llm),
-        "n_ctx": llm.n_ctx(),
-        "budget": None if llm.engine is None else llm._budget.kept,
-        "tokens": snapshot.tokens.tolist(),
-        "positions": snapshot.positions.tolist(),
-        "media": [asdict(span) for span in snapshot.spans],
-        "merges": [asdict(merge) for merge in snapshot.merges],
+        "kv_merge": None if policy is None else str(policy),
+        "policy": None if policy is None else policy.engine_params(),
     }
 
 
 # Writing.
 
 
-def save(llm: Llama, path: str | os.PathLike[str]) -> None:
-    """Write what the cache of a model holds; see `Llama.save_context`."""
-    if llm.n_tokens == 0:
+def save(cache: KVCache, path: str | os.PathLike[str], about: dict[str, Any]) -> None:
+    """Write what a cache holds; see `Llama.save_context`.
+
+    Parameters
+    ----------
+    cache : KVCache
+        The cache.
+    path : path
+        The file.
+    about : dict
+        What the file says beside that: ``"origin"``, from `origin_of`, and what may interest
+        somebody who looks into it.
+    """
+    if cache.n_tokens == 0:
         raise StateError("there is nothing to save: the cache is empty")
-    snapshot = Snapshot.take(llm)
-    header = json.dumps(_header(llm, snapshot), separators=(",", ":")).encode()
+    snapshot = cache.snapshot()
+    fields = {
+        "kvmerge": __version__,
+        **about,
+        "tokens": snapshot.tokens.tolist(),
+        "positions": snapshot.positions.tolist(),
+        "media": [asdict(span) for span in snapshot.spans],
+        "merges": [asdict(merge) for merge in snapshot.merges],
+    }
+    header = json.dumps(fields, separators=(",", ":")).encode()
     start = _START.pack(MAGIC, FORMAT_VERSION, len(header), len(snapshot.cells))
     file = Path(os.fsdecode(path)).expanduser()
     try:
@@ -164,33 +176,40 @@ def _write(file: Path, pieces: Iterable[bytes | bytearray]) -> None:
 # Reading.
 
 
-def load(llm: Llama, path: str | os.PathLike[str]) -> None:
-    """Put a saved context into the cache of a model; see `Llama.load_context`."""
+def load(
+    cache: KVCache, path: str | os.PathLike[str], origin: dict[str, Any], n_vocab: int
+) -> None:
+    """Put a saved context into a cache; see `Llama.load_context`.
+
+    Parameters
+    ----------
+    cache : KVCache
+        The cache.
+    path : path
+        The file.
+    origin : dict
+        What `origin_of` returns here.
+    n_vocab : int
+        Tokens of the vocabulary.
+    """
     file = Path(os.fsdecode(path)).expanduser()
     header, cells = _read(file)
     try:
-        snapshot = _snapshot(header, cells, llm.n_vocab())
-        origin = dict(header["origin"])
+        snapshot = _snapshot(header, cells, n_vocab)
+        saved = dict(header["origin"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateError(f"{file} has a header that makes no sense: {error!r}") from error
-    _check_origin(file, origin, _origin(llm), has_media=bool(snapshot.spans))
-    if len(snapshot.tokens) >= llm.n_ctx():
+    _check_origin(file, saved, origin, has_media=bool(snapshot.spans))
+    n_ctx = len(cache.ids)
+    if len(snapshot.tokens) >= n_ctx:
         raise StateError(
-            f"{file} holds {len(snapshot.tokens)} tokens, and n_ctx={llm.n_ctx()} takes "
-            f"{llm.n_ctx() - 1} with room for an answer: make n_ctx larger"
+            f"{file} holds {len(snapshot.tokens)} tokens, and n_ctx={n_ctx} takes "
+            f"{n_ctx - 1} with room for an answer: make n_ctx larger"
         )
-    before, needs_eval = Snapshot.take(llm) if llm.n_tokens else None, llm._requires_eval
     try:
-        # Numbers of what was there are multiplied by 0 where a cell is free: a NaN would stay one.
-        llm._clear()
-        snapshot.put_back(llm)
-    except BaseException as error:
-        if before is not None:
-            before.put_back(llm)
-            llm._requires_eval = needs_eval
-        if isinstance(error, StateError):
-            raise StateError(f"{file} is refused by llama.cpp: {error}") from error
-        raise
+        cache.replace(snapshot)
+    except StateError as error:
+        raise StateError(f"{file} is refused by llama.cpp: {error}") from error
 
 
 def _read(file: Path) -> tuple[dict[str, Any], bytearray]:

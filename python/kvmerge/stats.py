@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .media.image_cache import ImageCacheStats
 from .media.image_merge import ImageMergeCounts
+
+if TYPE_CHECKING:
+    from .native.binding import Engine
+    from .policies import Policy
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ class LayerFlow:
     text_to_media: float
     media_to_text: float
     across: bool
+
+
+def layer_flow(engine: Engine, policy: Policy) -> tuple[LayerFlow, ...]:
+    """Return the flow of the layers in which the last merge has measured it."""
+    flows, found = engine.flow(), []
+    for i, values in enumerate(
+        zip(flows.rho, flows.text_to_media, flows.media_to_text, strict=True)
+    ):
+        rho, text_to_media, media_to_text = (float(value) for value in values)
+        if rho >= 0:
+            across = policy.match == "any" or (policy.match == "flow" and rho >= policy.theta)
+            index = engine.layer(i).index
+            found.append(LayerFlow(index, rho, text_to_media, media_to_text, across))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

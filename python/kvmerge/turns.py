@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +13,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .errors import StateError
+from .errors import ClosedError, ForkedError, StateError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -102,19 +103,50 @@ class Stream(Generator[Any, Any, None]):
 
 
 class Turns:
-    """One call at a time.
+    """One call at a time, of a model that is open and in the process that made it.
 
     A call that finds another thread at work waits.  A stream keeps its turn until it has ended, so
     that calls of other threads wait for its end; a call of the code that reads the stream does not
     wait for itself: it takes the turn, and the stream raises when it goes on.
+
+    Attributes
+    ----------
+    is_closing, is_closed : bool
+        Whether the model is being closed, and whether it is.
     """
 
     def __init__(self) -> None:
+        self.is_closing = self.is_closed = False
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._ended = threading.Condition(self._lock)
         # Weak: a stream that nobody reads any more is no reason to wait.
         self._held_by: weakref.ref[Stream] | None = None
         self._depth = 0  # calls and steps that are running, each inside the one before
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Whether the process has not forked since."""
+        return self._process == os.getpid()
+
+    def check_open(self) -> None:
+        """Raise if the model can no longer be used.
+
+        Raises
+        ------
+        ClosedError
+            If it is closed.
+        ForkedError
+            If it belongs to another process.
+        """
+        if self.is_closed or self.is_closing:
+            raise ClosedError("this Llama is closed: make a new one")
+        if not self.is_of_this_process:
+            raise ForkedError(
+                "this Llama was made before the process forked, and its threads are not in the "
+                "new process: make a new Llama there, or start processes with "
+                'multiprocessing.set_start_method("spawn")'
+            )
 
     @property
     def _holder(self) -> Stream | None:
@@ -202,9 +234,10 @@ def _inside(scope: Callable[[Turns], AbstractContextManager[None]]) -> Callable[
     def decorate(method: Method) -> Method:
         @wraps(method)
         def scoped(self: Any, *args: Any, **options: Any) -> Any:
-            self._check_open()
-            with scope(self._turns):
-                self._check_open()  # again: it may have been closed while this waited
+            turns: Turns = self.turns
+            turns.check_open()
+            with scope(turns):
+                turns.check_open()  # again: it may have been closed while this waited
                 return method(self, *args, **options)
 
         return scoped  # type: ignore[return-value]

@@ -9,21 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from llama_cpp.llama import Llama as StockLlama
 
+from ..cache import Snapshot
 from ..errors import OptionError, StateError, UnsupportedError
-from ..media import find_media
+from ..media.part import find_media
+from ..model import Model
 from ..prompt import Prompt
-from ..snapshot import Snapshot
 from .handler import ChatHandler
 from .messages import check_messages
 from .request import Request
 from .text import TextHandler
-
-if TYPE_CHECKING:
-    from ..llama import Llama
 
 log = logging.getLogger("kvmerge")
 
@@ -63,7 +61,7 @@ class Context:
         Options of `Llama.create_chat_completion` for all questions.
     """
 
-    def __init__(self, llama: Llama, messages: Sequence[Any], options: dict[str, Any]) -> None:
+    def __init__(self, llama: Model, messages: Sequence[Any], options: dict[str, Any]) -> None:
         self._llama = llama
         self._messages = check_messages(messages)
         self._given = options
@@ -74,11 +72,11 @@ class Context:
         self._asked = 0
 
     def __enter__(self) -> Context:
-        self._llama._check_open()
-        self._llama._check_media(self._messages)
+        self._llama.turns.check_open()
+        self._llama.check_media(self._messages)
         with self._chat.start(self._messages, self._next_turns(), self._options) as prompt:
             self._llama.read(prompt, answer=False)
-        self._base = Snapshot.take(self._llama)
+        self._base = self._llama.kv_cache.snapshot()
         return self
 
     def __exit__(
@@ -146,7 +144,7 @@ class Context:
             it ended.
         """
         base, llama = self._base, self._llama
-        llama._check_open()
+        llama.turns.check_open()
         if base is None:
             raise StateError("this context is not open: ask inside its `with` block")
         if not question:
@@ -154,12 +152,12 @@ class Context:
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
         messages = self._followed_by(check_messages(question))
-        llama._check_media(messages)
+        llama.check_media(messages)
         request = self._request(options)
         self._asked += 1
         self._return_to(base)
         answer = self._answer(base, messages, request.options)
-        answer = request.shape(answer, llama._usage)
+        answer = request.shape(answer, llama.usage)
         return self._until_next(answer) if request.options["stream"] else answer
 
     def _request(self, options: dict[str, Any]) -> Request:
@@ -168,14 +166,14 @@ class Context:
         return replace(request, options=_DEFAULTS | request.options)
 
     def _return_to(self, base: Snapshot) -> None:
-        llama = self._llama
-        if not (base.is_beginning_of(llama) and llama._trim(len(base.tokens))):
+        cache = self._llama.kv_cache
+        if not (cache.begins_with(base) and cache.trim(len(base.tokens))):
             log.info(
                 "the cache no longer holds the %d tokens of the context: putting them back from "
                 "memory",
                 len(base.tokens),
             )
-            base.put_back(llama)
+            cache.restore(base)
 
     def _answer(self, base: Snapshot, messages: Messages, options: dict[str, Any]) -> Any:
         llama = self._llama
@@ -233,7 +231,7 @@ class _Chat(Protocol):
         """Answer a chat whose prompt was read."""
 
 
-def _chat_of(llama: Llama) -> _Chat:
+def _chat_of(llama: Model) -> _Chat:
     handler = llama.chat_handler
     if handler is None:
         return _TextChat(llama)
@@ -245,12 +243,12 @@ def _chat_of(llama: Llama) -> _Chat:
     )
 
 
-def chat_tokens(llama: Llama, messages: Messages, options: dict[str, Any]) -> Prompt:
+def chat_tokens(llama: Model, messages: Messages, options: dict[str, Any]) -> Prompt:
     """Return the prompt of a chat, of which nothing can be read: only its tokens are known."""
     handler = llama.chat_handler
     if isinstance(handler, ChatHandler):
         text = handler.text(llama, messages, options)
-        media = find_media(messages, llama.media_access)
+        media = find_media(messages, llama.settings.media_access)
         with handler.prompt(text, media, is_read=False) as prompt:
             return prompt
     with _chat_of(llama).prompt(messages, options) as prompt:
@@ -260,7 +258,7 @@ def chat_tokens(llama: Llama, messages: Messages, options: dict[str, Any]) -> Pr
 class _MediaChat:
     """Chats with pictures; those of the context are prepared once."""
 
-    def __init__(self, llama: Llama, handler: ChatHandler) -> None:
+    def __init__(self, llama: Model, handler: ChatHandler) -> None:
         self._llama = llama
         self._handler = handler
 
@@ -271,7 +269,7 @@ class _MediaChat:
     def start(
         self, messages: Messages, chats: list[Messages], options: dict[str, Any]
     ) -> Iterator[Prompt]:
-        media = find_media(messages, self._llama.media_access)
+        media = find_media(messages, self._llama.settings.media_access)
         first, *others = [self._handler.text(self._llama, chat, options) for chat in chats]
         with self._handler.prompt(first, media) as prompt:
             tokens = [prompt.tokens]
@@ -282,7 +280,7 @@ class _MediaChat:
 
     @contextmanager
     def prompt(self, messages: Messages, options: dict[str, Any]) -> Iterator[Prompt]:
-        media = find_media(messages, self._llama.media_access)
+        media = find_media(messages, self._llama.settings.media_access)
         text = self._handler.text(self._llama, messages, options)
         with self._handler.prompt(text, media) as prompt:
             yield prompt
@@ -294,9 +292,9 @@ class _MediaChat:
 class _TextChat:
     """Chats of text only: a chat format is asked what it would read."""
 
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: Model) -> None:
         self._llama = llama
-        self._handler = TextHandler.of(llama, llama.chat_format)
+        self._handler: TextHandler = llama.text_handler()
 
     def check(self, messages: Messages, options: dict[str, Any]) -> None:
         self._handler.tokens(self._llama, messages, options)
@@ -313,5 +311,4 @@ class _TextChat:
         yield Prompt.from_tokens(self._handler.tokens(self._llama, messages, options))
 
     def answer(self, tokens: list[int], messages: Messages, options: dict[str, Any]) -> Any:
-        self._llama._prefilled = True
         return self._llama.create_chat_completion(messages, **options)

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -40,11 +40,12 @@ from ..errors import (
 )
 from ..estimate.projector_size import DryProjector
 from ..gguf_file import check_gguf, sha256_of
-from ..media import MediaPart, find_media
 from ..media.embedding_batch import decode_embeddings, picture_positions
 from ..media.image_cache import Encoded, ImageCache
 from ..media.image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
+from ..media.part import MediaPart, find_media
 from ..media.picture import PictureError, is_jpeg_as_it_is
+from ..model import Model
 from ..native import backends
 from ..native.binding import trim
 from ..native.library import LLAMA_CPP_PYTHON
@@ -53,10 +54,6 @@ from ..progress import Meter
 from ..prompt import Prompt, Segment, placeholder_ids
 from .continuation import Continuation
 from .template import ChatTemplate
-
-if TYPE_CHECKING:
-    from ..llama import Llama
-
 
 log = logging.getLogger("kvmerge")
 
@@ -257,7 +254,7 @@ class _ReadAlready:
     prompt by itself, and here gets the tokens that were read.
     """
 
-    def __init__(self, llama: Llama, tokens: list[int]) -> None:
+    def __init__(self, llama: Model, tokens: list[int]) -> None:
         self._llama = llama
         self._tokens = tokens
         self.verbose = llama.verbose
@@ -266,7 +263,6 @@ class _ReadAlready:
         return self._tokens
 
     def create_completion(self, **options: Any) -> Any:
-        self._llama._prefilled = True
         return self._llama.create_completion(**options)
 
 
@@ -314,7 +310,7 @@ class ChatHandler(MTMDChatHandler):
         # A marker that no message can contain by chance or on purpose.
         self._marker = f"<__media_{secrets.token_hex(8)}__>"
         self._marker_bytes = self._marker.encode()
-        self._llama: weakref.ref[Llama] | None = None
+        self._llama: weakref.ref[Model] | None = None
         self._templates: ChatTemplate | None = None
         # Of media that were seen: what they led to, and how large that is.
         self._digests: dict[Any, str] = {}
@@ -322,7 +318,7 @@ class ChatHandler(MTMDChatHandler):
 
     # Loading.
 
-    def load(self, llama: Llama) -> None:
+    def load(self, llama: Model) -> None:
         """Load the mmproj for a model.
 
         Raises
@@ -333,7 +329,7 @@ class ChatHandler(MTMDChatHandler):
         self._llama = weakref.ref(llama)
         self._init_mtmd_context(llama)
 
-    def _init_mtmd_context(self, llama_model: Llama) -> None:  # type: ignore[override]
+    def _init_mtmd_context(self, llama_model: Model) -> None:  # type: ignore[override]
         if self.mtmd_ctx is not None:
             return
         self.verbose = llama_model.verbose
@@ -358,7 +354,7 @@ class ChatHandler(MTMDChatHandler):
                 "made for this model"
             )
         self.mtmd_ctx = context
-        llama_model._stack.callback(self._free)
+        llama_model.at_close(self._free)
         n_embd = int(llama_cpp.llama_model_n_embd_inp(llama_model.model))
         if self.image_merge is not None:
             self._check_merge()
@@ -381,7 +377,7 @@ class ChatHandler(MTMDChatHandler):
 
     # From messages to a prompt.
 
-    def _template(self, llama: Llama) -> ChatTemplate:
+    def _template(self, llama: Model) -> ChatTemplate:
         template = llama.metadata.get("tokenizer.chat_template")
         if not template:
             raise ModelError(
@@ -392,7 +388,7 @@ class ChatHandler(MTMDChatHandler):
             self._templates = ChatTemplate.of(llama, template)
         return self._templates
 
-    def text(self, llama: Llama, messages: list[Any], options: Mapping[str, Any]) -> str:
+    def text(self, llama: Model, messages: list[Any], options: Mapping[str, Any]) -> str:
         """Return the text of a chat, with a marker at the place of each medium.
 
         Raises
@@ -518,7 +514,7 @@ class ChatHandler(MTMDChatHandler):
                 "sounds: it does not take them at that place"
             )
         llama = None if self._llama is None else self._llama()
-        cached = set() if llama is None else {span.digest for span in llama.media_spans}
+        cached = set() if llama is None else {span.digest for span in llama.kv_cache.spans}
         digests = [self._digest(part, cached) for part in parts]
         with ExitStack() as stack:
             stack.enter_context(self.image_cache.reserving(digests))
@@ -561,7 +557,7 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         if self.image_merge is None or llama is None:
             return
-        known = {span.digest: span.end - span.start for span in llama.media_spans}
+        known = {span.digest: span.end - span.start for span in llama.kv_cache.spans}
         unknown = []
         for chunk in media:
             n_tokens = known.get(chunk.digest, self._n_merged.get(chunk.digest))
@@ -571,7 +567,7 @@ class ChatHandler(MTMDChatHandler):
                 unknown.append(chunk)
         if not is_read or not unknown:
             return
-        with llama.reporting(sum(chunk.n_tokens for chunk in unknown), unknown) as meter:
+        with llama.reader.reporting(sum(chunk.n_tokens for chunk in unknown), unknown) as meter:
             for chunk in unknown:
                 if meter is not None:
                     meter.begin(chunk)
@@ -593,7 +589,7 @@ class ChatHandler(MTMDChatHandler):
         llama = None if self._llama is None else self._llama()
         if llama is None:
             raise DecodeError("the Llama of this chat handler is gone")
-        meter = llama._meter
+        meter = llama.reader.meter
         if meter is not None:
             meter.begin(chunk)
         if self.image_merge is not None and chunk.modality == "image":
@@ -631,14 +627,14 @@ class ChatHandler(MTMDChatHandler):
             raise _unread(llama, chunk, position, errors.reason or f"status {status}")
         return int(after.value)
 
-    def _decode_merged(self, llama: Llama, chunk: _Chunk, position: int) -> int:
+    def _decode_merged(self, llama: Model, chunk: _Chunk, position: int) -> int:
         """Read what is left of the tokens of a picture; return the position after it."""
         merged, chunk.merged = chunk.merged, None
         if merged is None:
             merged = self._merged(chunk)
         if len(merged.kept) != chunk.n_tokens:
             raise _Changed(f"a picture has {len(merged.kept)} tokens, not {chunk.n_tokens}")
-        meter = llama._meter
+        meter = llama.reader.meter
         if meter is not None:
             meter.encoded(chunk)
         if llama.engine is not None:
@@ -681,12 +677,13 @@ class ChatHandler(MTMDChatHandler):
         return embeddings
 
     def __call__(  # type: ignore[override]
-        self, *, llama: Llama, messages: list[Any], **options: Any
+        self, *, llama: Model, messages: list[Any], **options: Any
     ) -> Any:
         """Answer a chat; called by `Llama.create_chat_completion`."""
         if self.mtmd_ctx is None:
             self.load(llama)
-        text, media = self.text(llama, messages, options), find_media(messages, llama.media_access)
+        text = self.text(llama, messages, options)
+        media = find_media(messages, llama.settings.media_access)
         try:
             tokens = self._read(llama, text, media)
         except _Changed:
@@ -694,12 +691,12 @@ class ChatHandler(MTMDChatHandler):
             tokens = self._read(llama, text, media)
         return self.answer(llama, tokens, messages, **options)
 
-    def _read(self, llama: Llama, text: str, media: list[MediaPart]) -> list[int]:
+    def _read(self, llama: Model, text: str, media: list[MediaPart]) -> list[int]:
         with self.prompt(text, media) as prompt:
             llama.read(prompt)
             return prompt.tokens
 
-    def answer(self, llama: Llama, tokens: list[int], messages: list[Any], **options: Any) -> Any:
+    def answer(self, llama: Model, tokens: list[int], messages: list[Any], **options: Any) -> Any:
         """Answer a chat whose prompt was read as these tokens."""
 
         def formatter(**_: Any) -> ChatFormatterResponse:
@@ -713,7 +710,7 @@ class ChatHandler(MTMDChatHandler):
         )
 
 
-def _unread(llama: Llama, chunk: _Chunk, position: int, reason: str) -> DecodeError:
+def _unread(llama: Model, chunk: _Chunk, position: int, reason: str) -> DecodeError:
     """Return why a medium was not read, or raise what the engine's planner has raised."""
     if llama.engine is not None:
         llama.engine.raise_problem()

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
+import llama_cpp
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..errors import KVMergeError, OptionError
+from ..model import Model
 from .messages import MEDIA_TYPES, check_text, joined, warn_of_left_out
-
-if TYPE_CHECKING:
-    from ..llama import Llama
 
 _PROBE = "a8c1e5"
 
@@ -42,19 +41,15 @@ class ChatTemplate:
     adds_eos: bool = False
 
     @classmethod
-    def of(cls, llama: Llama, source: str) -> ChatTemplate:
+    def of(cls, llama: Model, source: str) -> ChatTemplate:
         """Make the template of a model."""
-
-        def piece(token: int) -> str:
-            return "" if token == -1 else llama._model.token_get_text(token)
-
-        model = llama._model
+        vocab = llama_cpp.llama_model_get_vocab(llama.model)
         return cls(
             source,
-            piece(llama.token_bos()),
-            piece(llama.token_eos()),
-            bool(model.add_bos_token()),
-            bool(model.add_eos_token()),
+            token_text(llama, llama.token_bos()),
+            token_text(llama, llama.token_eos()),
+            bool(llama_cpp.llama_vocab_get_add_bos(vocab)),
+            bool(llama_cpp.llama_vocab_get_add_eos(vocab)),
         )
 
     @cached_property
@@ -128,6 +123,14 @@ class ChatTemplate:
             raise
         except Exception as error:  # A template runs operations of Python on what it is given.
             raise cannot_show(error) from error
+
+
+def token_text(llama: Model, token: int) -> str:
+    """Return a token as the vocabulary writes it; the empty text where the model has none (-1)."""
+    if token == -1:
+        return ""
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    return bytes(llama_cpp.llama_vocab_get_text(vocab, token)).decode("utf-8")
 
 
 def cannot_show(error: Exception) -> OptionError:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from llama_cpp import llama_chat_format
 
 from ..errors import KVMergeError, OptionError, UnsupportedError, did_you_mean
+from ..model import Model
 from .continuation import Continuation
 from .messages import check_text, joined, warn_of_left_out
-from .template import cannot_show, takes_parts
-
-if TYPE_CHECKING:
-    from ..llama import Llama
+from .template import cannot_show, takes_parts, token_text
 
 
 class TextHandler:
@@ -35,21 +34,29 @@ class TextHandler:
         self._takes_parts: bool | None = None
 
     @classmethod
-    def of(cls, llama: Llama, name: str) -> TextHandler:
-        """Return the handler of a chat format by name."""
-        known = llama._chat_handlers.get(name)
+    def of(cls, name: str, handlers: Mapping[str, Any]) -> TextHandler:
+        """Return the handler of a chat format by name.
+
+        Parameters
+        ----------
+        name : str
+            The chat format.
+        handlers : mapping
+            Those of the model's own formats, by name.
+        """
+        known = handlers.get(name)
         if isinstance(known, cls):
             return known
         try:
             return cls(name, known or llama_chat_format.get_chat_completion_handler(name))
         except llama_chat_format.LlamaChatCompletionHandlerNotFoundException as error:
-            names = sorted({*llama._chat_handlers, *_registered()})
+            names = sorted({*handlers, *_registered()})
             raise OptionError(
                 f"chat_format={name!r} is not a chat format.{did_you_mean(name, names)} Known: "
                 + ", ".join(names)
             ) from error
 
-    def __call__(self, *, llama: Llama, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def __call__(self, *, llama: Model, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Answer a chat."""
         for name in ("functions", "tools"):
             check_text(options.get(name), name)
@@ -66,14 +73,14 @@ class TextHandler:
                 raise
             raise cannot_show(error) from error
 
-    def _shows(self, llama: Llama, messages: list[dict[str, Any]]) -> bool:
+    def _shows(self, llama: Model, messages: list[dict[str, Any]]) -> bool:
         if all(isinstance(message["content"], str) for message in messages):
             return True
         if self._takes_parts is None:
             self._takes_parts = takes_parts(lambda tried: self._text(llama, tried))
         return self._takes_parts
 
-    def tokens(self, llama: Llama, messages: list[dict[str, Any]], options: Any) -> list[int]:
+    def tokens(self, llama: Model, messages: list[dict[str, Any]], options: Any) -> list[int]:
         """Return the prompt of a chat, which is not read.
 
         Raises
@@ -89,7 +96,7 @@ class TextHandler:
             f"chat_format={self._name!r} completes no prompt: context() needs one that does"
         )
 
-    def _text(self, llama: Llama, messages: list[dict[str, Any]]) -> str:
+    def _text(self, llama: Model, messages: list[dict[str, Any]]) -> str:
         asked = _Asked(llama)
         try:
             self._format(llama=asked, messages=messages)
@@ -106,7 +113,7 @@ def _registered() -> list[str]:
 class _Stand:
     """Stands before a `Llama` for a chat format, which turns messages into a prompt."""
 
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: Model) -> None:
         self._llama = llama
 
     def __getattr__(self, name: str) -> Any:
@@ -117,7 +124,7 @@ class _Reader(_Stand):
     """Writes BOS once, ends the prompt where the answer begins, and knows how far a format came."""
 
     def __init__(
-        self, llama: Llama, name: str, messages: list[dict[str, Any]], end: Continuation
+        self, llama: Model, name: str, messages: list[dict[str, Any]], end: Continuation
     ) -> None:
         super().__init__(llama)
         self._name = name
@@ -130,9 +137,8 @@ class _Reader(_Stand):
         prompt = self._end.cut(text.decode("utf-8"))
         warn_of_left_out(self._messages, prompt, what)
         text = prompt.encode("utf-8")
-        model = self._llama._model
         if add_bos and special and (token := self._llama.token_bos()) != -1:
-            add_bos = not text.startswith(model.token_get_text(token).encode() or b"\0")
+            add_bos = not text.startswith(token_text(self._llama, token).encode() or b"\0")
         return self._llama.tokenize(text, add_bos, special)
 
     def create_completion(self, prompt: str | list[int], **options: Any) -> Any:
@@ -143,7 +149,12 @@ class _Reader(_Stand):
 
 
 class _Asked(_Stand):
-    """Lets a chat format make its prompt; nothing is read."""
+    """Lets a chat format make its prompt; nothing is read.
+
+    llama-cpp-python keeps no function that returns the prompt of a format: a format is a function
+    that ends in `create_completion`, and what it makes of an answer, or whether it asks again, is
+    its own affair.  So it is left by an exception at the place where it would have read.
+    """
 
     _text = ""
 

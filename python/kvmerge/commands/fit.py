@@ -189,9 +189,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> ContextOptions:
+    from ..cache_types import CACHE_TYPES
     from ..errors import OptionError, did_you_mean
     from ..estimate.dry_load import ContextOptions
-    from ..llama import CACHE_TYPES
 
     types = {}
     for name in ("type_k", "type_v"):

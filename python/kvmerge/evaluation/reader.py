@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..budget import Budget
+from ..cache import Snapshot
 from ..chat.messages import check_messages
-from ..errors import DecodeError, KVMergeError
+from ..errors import KVMergeError
 from ..llama import Llama, llama_cpp
-from ..media import find_media
+from ..media.part import find_media
 from ..policies import Policy
-from ..prompt import MediaSpan, Prompt, Segment
+from ..prompt import Prompt, Segment
 from .methods import FLOW_ROWS, WINDOW, Method
 from .samples import Asked, Passage
 
 _OTHER_QUESTION = "?"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What was read so far: the sequence with the engine's part of it, and Python's books."""
-
-    data: ctypes.Array[ctypes.c_uint8]
-    ids: npt.NDArray[np.intc]
-    positions: npt.NDArray[np.int32]
-    spans: tuple[MediaSpan, ...]
 
 
 class Reader:
@@ -122,29 +110,16 @@ class Reader:
 
     def read(self, prompt: Prompt, start: int, end: int) -> None:
         """Read the tokens of a prompt from `start` up to `end`, after those that were read."""
-        self._llama._check_length(prompt, len(prompt.tokens))
-        self._llama._read_range(prompt, start, end)
+        self._llama.reader.check_length(prompt, len(prompt.tokens))
+        self._llama.reader.read_range(prompt, start, end)
 
     def snapshot(self) -> Snapshot:
         """Return all that was read, to come back to it."""
-        llama, n = self._llama, self._llama.n_tokens
-        size = llama_cpp.llama_state_seq_get_size(llama.ctx, 0)
-        data = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data(llama.ctx, data, size, 0) != size:
-            raise DecodeError("llama.cpp could not save what was read")
-        return Snapshot(
-            data, llama.input_ids[:n].copy(), llama._positions[: n + 1].copy(), llama.media_spans
-        )
+        return self._llama.kv_cache.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot."""
-        llama, size, n = self._llama, len(snapshot.data), len(snapshot.ids)
-        llama.reset()
-        if llama_cpp.llama_state_seq_set_data(llama.ctx, snapshot.data, size, 0) != size:
-            raise DecodeError("llama.cpp could not restore what was read")
-        llama._append(snapshot.ids.tolist(), snapshot.positions)
-        llama._spans = list(snapshot.spans)
-        assert llama.n_tokens == n
+        self._llama.kv_cache.restore(snapshot)
 
     # Merging and answering.
 
@@ -174,15 +149,12 @@ class Reader:
             raise type(error)(f"{method.name}, budget {budget:g}: {error}") from error
         return True
 
-    def held(self, merged: bool) -> tuple[float, int]:
+    def held(self) -> tuple[float, int]:
         """Return the cells that are held, as the mean over the layers, and their bytes."""
-        engine = self._llama.engine
-        assert engine is not None
-        cells, last = engine.n_cells(), engine.stats()
-        if not merged:
-            return cells, cells * last.bytes_per_cell
-        held = last.bytes_after + (cells - last.n_cells_after) * last.bytes_per_cell
-        return held / last.bytes_per_cell, held
+        cache = self._llama.kv_cache
+        cache.note_merges()
+        n_bytes = cache.held()[1]
+        return n_bytes / cache.bytes_per_cell, n_bytes
 
     def generate(self, max_tokens: int) -> str:
         """Return the greedy answer to what was read."""

@@ -221,9 +221,9 @@ def answer(reader: Reader, work: Work) -> Iterator[list[Answer]]:
             answers = []
             for method, budget in work.rows[ask.task]:
                 reader.restore(question)
-                merged = reader.merge(method, budget)
+                reader.merge(method, budget)
                 reader.read(prompt, end, len(prompt.tokens))
-                cells, held = reader.held(merged)
+                cells, held = reader.held()
                 said = reader.generate(ask.max_tokens)
                 answers.append(
                     Answer(

@@ -74,6 +74,8 @@ def library() -> Any:
         (base, "ggml_backend_dev_name", text, [handle]),
         (base, "ggml_backend_dev_description", text, [handle]),
         (base, "ggml_backend_dev_type", ctypes.c_int, [handle]),
+        (base, "ggml_blck_size", ctypes.c_int64, [ctypes.c_int]),
+        (base, "ggml_type_size", size, [ctypes.c_int]),
         (base, "ggml_backend_dev_memory", None, [handle, *[ctypes.POINTER(size)] * 2]),
     ):
         function = getattr(library, name)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,6 @@ from ..errors import (
     UnsupportedError,
 )
 from .library import library_file
-
-if TYPE_CHECKING:
-    from ..policies import Policy
 
 MODALITIES = ("text", "image", "audio")
 """Names of ``enum kvmerge_modality``, by value."""
@@ -243,6 +240,16 @@ Planner = Callable[[Question], Sequence[npt.NDArray[np.integer[Any]]]]
 """Returns for every layer the targets [heads, n] of its cells; see ``struct kvmerge_question``."""
 
 
+class Method(Protocol):
+    """What an engine can merge by; every `kvmerge.policies.Policy` is one."""
+
+    def engine_params(self) -> dict[str, Any]:
+        """Return fields of ``struct kvmerge_params`` by name."""
+
+    def planner(self, engine: Engine) -> Planner | None:
+        """Return what plans the merges of an engine; None where it does that itself."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Shape of one merged layer; ``index`` is its place in the model."""
@@ -307,7 +314,7 @@ class Engine:
         """Change the policy; the window and the number of flow rows cannot change."""
         self._check(self._library.kvmerge_set_params(self._engine, self._params(params)))
 
-    def use(self, policy: Policy) -> None:
+    def use(self, policy: Method) -> None:
         """Merge as a policy says from now on."""
         self.set_params(policy.engine_params())
         self.set_planner(policy.planner(self))
