@@ -17,6 +17,7 @@ import oracle
 from kvmerge import pocket
 from kvmerge.errors import MergeError, OptionError
 from kvmerge.policies import PRESETS, ArrayPolicy, Layer, Policy, resolve
+from kvmerge.policies.array import share_out
 from random_model import Shape, write_random_model
 from session import Session
 
@@ -216,6 +217,112 @@ def test_keydiff_keeps_what_is_least_like_the_mean(model: Path) -> None:
             found = [np.flatnonzero(engine.plan(i, h).fate >= 2) for h in range(2)]
             if i == 0:
                 np.testing.assert_array_equal(found, expected)
+
+
+def attention(engine: Any, layer: int) -> np.ndarray:
+    """What the queries of the window give to each token, [16, heads, query heads a group, n]."""
+    queries, cells = engine.read_queries(layer), engine.read_cells(layer)
+    rows = np.flatnonzero(queries.proxy)
+    rows = rows[np.argsort(queries.order[rows])]
+    assert queries.order[rows].tolist() == list(range(N - 16, N))
+    q = queries.q[rows].reshape(16, 2, 2, -1).astype(float)
+    logits = np.einsum("rhgd,nhd->rhgn", q, cells.k.astype(float)) * queries.scale
+    unseen = np.arange(logits.shape[-1]) > queries.order[rows][:, None]
+    logits += np.where(unseen, -np.inf, 0)[:, None, None]
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def bacon_scores(engine: Any, layer: int) -> np.ndarray:
+    def pooled(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x, ((0, 0), (3, 3)), mode="edge")
+        return sum(padded[:, i : i + x.shape[1]] for i in range(7)) / 7
+
+    found = [attention(engine, i).mean(axis=2) for i in range(layer + 1)]
+    window, last = pooled(found[layer].mean(axis=0)), pooled(found[layer][-1])
+    if layer:
+        last = np.sqrt(last * pooled(found[layer - 1][-1]))
+    return window / window.sum(axis=1, keepdims=True) + last / last.sum(axis=1, keepdims=True)
+
+
+def tgv_scores(engine: Any, layer: int) -> np.ndarray:
+    weights = attention(engine, layer).mean(axis=(1, 2))
+    n = weights.shape[1]
+    score = np.zeros(n)
+    for i in range(16):
+        got = np.mean([weights[j, n - 16 + i] for j in range(i, 16)])
+        score += got * weights[i]
+    text = np.arange(n) >= PICTURE.stop
+    text |= np.arange(n) < PICTURE.start
+    return np.tile(np.where(text, 1e3 + weights.sum(axis=0), score), (2, 1))
+
+
+def flashcache_scores(engine: Any, layer: int) -> np.ndarray:
+    cells = engine.read_cells(layer)
+    total = 0
+    for x in (cells.k.astype(float), cells.v.astype(float)):
+        n = len(x)
+        k, i = np.arange(n)[:, None], np.arange(n)
+        basis = np.cos(np.pi * (i + 0.5) * k / n) * np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+        low = basis[: round(n / 10)]
+        distance = np.linalg.norm(x - np.einsum("ka,kb,bhd->ahd", low, low, x), axis=-1)
+        total = total + distance / distance.mean(axis=0)
+    return np.asarray(total).T
+
+
+PICTURE = range(20, 80)
+RIVALS = {"bacon": bacon_scores, "tgv-kv": tgv_scores, "flashcache": flashcache_scores}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_published_selectors_keep_what_their_formulas_say(model: Path, name: str) -> None:
+    with Session(model, merge=PRESETS[name], cache_type="f32") as session:
+        engine = session.engine
+        session.decode(words(PICTURE.start))
+        rng = np.random.default_rng(1)
+        with engine.media("image"):
+            size = Shape(layers=3, heads=4, heads_kv=2, head_size=64).embedding
+            rows = rng.standard_normal((len(PICTURE), size)).astype(np.float32)
+            session.decode(embeddings=rows)
+        session.decode(words(N - PICTURE.stop, 1))
+        expected = [RIVALS[name](engine, layer) for layer in range(3)]
+        engine.merge(70)
+        counts = []
+        for layer in range(3):
+            for head in range(2):
+                kept = engine.plan(layer, head).fate >= 2
+                assert kept[:4].all()
+                assert kept[-16:].all()
+                score = expected[layer][head]
+                free = np.arange(N)[4:-16]
+                chosen = score[free][kept[4:-16]]
+                dropped = score[free][~kept[4:-16]]
+                # in 32 bits two that are nearly equal may change places
+                assert chosen.min() >= dropped.max() - 1e-4 * abs(dropped.max())
+                if name == "tgv-kv":
+                    assert kept[: PICTURE.start].all()
+            counts.append(int(kept.sum()))
+        if name == "bacon":
+            assert counts == [70, 70, 70]
+        else:
+            assert len(set(counts)) > 1, "layers get what they need"
+            assert sum(counts) == 3 * 70
+
+
+def test_cells_are_shared_out() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(1, 40))
+        shares, least = rng.random(n) * (rng.random(n) > 0.2), rng.integers(0, 20, n)
+        most, total = int(rng.integers(1, 200)), int(rng.integers(n, 4000))
+        cells = share_out(shares, total, least=least, most=most)
+        assert cells.sum() <= total
+        assert (cells <= most).all()
+        assert (cells >= 1).all() or least.min() == 0
+        if np.minimum(least, most).sum() < total:
+            assert (cells >= np.minimum(least, min(most, total))).all()
+    assert share_out(np.array([1, 2, 1]), 40, least=np.zeros(3), most=30).tolist() == [10, 20, 10]
+    assert share_out(np.array([1, 8, 1]), 40, least=np.zeros(3), most=20).tolist() == [10, 20, 10]
 
 
 def test_every_file_is_found() -> None:

@@ -30,6 +30,9 @@ ROUNDING = {"f32": 1e-5, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 0.3}
 # tolerance of scores: with a quantized K, ggml rounds the queries of a product as well
 SCORING = {"f32": 2e-3, "f16": 5e-3, "q8_0": 6e-2, "q4_0": 6e-2}
 
+SHARED_OUT = {"FlashCache", "TgvKv"}
+"""Policies that say themselves what a layer gets; see tests/test_array_policy.py."""
+
 POLICIES: dict[str, Policy] = {name: policy for name, policy in PRESETS.items() if policy}
 POLICIES |= {
     "flowmm-literal": FlowMM(bias="none"),
@@ -246,7 +249,8 @@ def check_sizes(
         p = {"sinks": policy.floor * pictures, "keep": 0, "window": 0}
     rest = len(modality) - n_text
     expected = n_text + oracle.allocate(policy.allocate, budget - n_text, rest, p, need, parts)
-    assert np.abs(np.array(sizes) - expected).max() <= 1
+    if type(policy).__name__ not in SHARED_OUT:
+        assert np.abs(np.array(sizes) - expected).max() <= 1
     assert sum(sizes) == budget * layers
     total = sum(size * engine.stats().bytes_per_cell // layers for size in sizes)
     assert engine.stats().bytes_after == total

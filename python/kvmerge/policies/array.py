@@ -44,6 +44,8 @@ class Layer:
         Index of their tokens.
     scale : float
         Factor of the attention logits.
+    below : Layer or None
+        The layer before this one.
     """
 
     index: int
@@ -59,6 +61,7 @@ class Layer:
     q: Array
     q_order: npt.NDArray[np.int32]
     scale: float
+    below: Layer | None
 
     def attention(self) -> Array:
         """Return what each query gives to each cell, [rows, heads, query heads a group, n]."""
@@ -80,7 +83,7 @@ class ArrayPolicy(Policy):
     module that defines it was imported.  Arrays are copied from the cache and back, so it is
     slower than the methods of the engine: it is for trying an idea.
 
-    Every layer gets the same number of cells.
+    Every layer gets the same number of cells, unless `shares` says otherwise.
     """
 
     select: str = field(default="top", init=False)
@@ -92,6 +95,10 @@ class ArrayPolicy(Policy):
     def scores(self, layer: Layer) -> npt.NDArray[Any]:
         """Return how important each cell is, [heads, n]: the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} has neither scores() nor targets()")
+
+    def shares(self, layers: Sequence[Layer]) -> npt.NDArray[Any]:
+        """Return what each layer gets of the cells in proportion to the others, [layers]."""
+        return np.ones(len(layers))
 
     def targets(self, layer: Layer, cells: int) -> npt.NDArray[np.integer[Any]]:
         """Return where each cell goes, [heads, n].
@@ -114,15 +121,24 @@ class ArrayPolicy(Policy):
 
     def plan(self, engine: Engine, question: Question) -> Sequence[npt.NDArray[np.integer[Any]]]:
         """Return the targets of every layer; what the engine asks for in a merge."""
-        plans, first = [], 0
+        layers: list[Layer] = []
+        first = 0
         for index in range(engine.stats().n_layers):
             last = first + engine.layer(index).n_head_kv
-            layer = self._layer(engine, question, index, slice(first, last))
-            plans.append(self.targets(layer, min(question.cells, question.most)))
+            below = layers[-1] if layers else None
+            layers.append(self._layer(engine, question, index, slice(first, last), below))
             first = last
-        return plans
+        cells = share_out(
+            self.shares(layers),
+            question.cells * len(layers),
+            least=np.array([layer.held.sum(axis=1).max() for layer in layers]),
+            most=question.most,
+        )
+        return [self.targets(layer, int(n)) for layer, n in zip(layers, cells, strict=True)]
 
-    def _layer(self, engine: Engine, question: Question, index: int, heads: slice) -> Layer:
+    def _layer(
+        self, engine: Engine, question: Question, index: int, heads: slice, below: Layer | None
+    ) -> Layer:
         cells = engine.read_cells(index, question.sequence)
         queries = engine.read_queries(index, question.sequence)
         rows = np.flatnonzero(queries.proxy)
@@ -147,4 +163,34 @@ class ArrayPolicy(Policy):
             q=queries.q[rows],
             q_order=queries.order[rows],
             scale=queries.scale,
+            below=below,
         )
+
+
+def share_out(
+    shares: npt.NDArray[Any], total: int, *, least: npt.NDArray[Any], most: int
+) -> npt.NDArray[np.integer[Any]]:
+    """Return whole numbers in proportion to `shares`, none outside `least` to `most`.
+
+    Their sum is at most `total`; where `least` alone is more than that, each gets the same.
+    """
+    n = len(shares)
+    most = min(most, total)
+    least = np.minimum(least, most)
+    if least.sum() >= total:
+        return np.full(n, min(most, total // n))
+    # The sum grows with the factor, so halving finds the largest one that fits.
+    low, high = 0.0, total / max(float(shares[shares > 0].min(initial=1.0)), 1e-9)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if np.clip(middle * shares, least, most).sum() <= total:
+            low = middle
+        else:
+            high = middle
+    exact = np.clip(low * shares, least, most)
+    cells = np.floor(exact + 1e-6).astype(int)
+    # What is left by rounding goes to those that lost most by it.
+    for layer in np.argsort(cells - exact, kind="stable"):
+        if cells.sum() < total and cells[layer] < most:
+            cells[layer] += 1
+    return cells
