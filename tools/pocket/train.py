@@ -583,6 +583,25 @@ def measure(model: PocketModel, pool: np.ndarray, seed: int) -> str:
     return "\n".join(lines)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, part: float) -> None:
+    """Set the rates for a part of the run, 0 to 1: they fall towards its end."""
+    fall = max(0.0, (part - 0.35) / 0.65)
+    for group in optimizer.param_groups:
+        group["lr"] = (
+            rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall))) * group.get("slow", 1.0)
+        )
+
+
+def draw_pictures(rng: np.random.Generator, most: int, part: float) -> int:
+    """Draw how many pictures a batch shows, mostly about as many as there may be by now."""
+    n = int(rng.integers(max(1, most - 4), most + 1))
+    if rng.random() < (0.1 if part < 0.7 else 0.45):
+        n = int(rng.integers(1, most + 1))
+    if part > 0.5 and rng.random() < 0.08:
+        n = int(rng.integers(13, 25))
+    return n
+
+
 def train_joint(
     work: Path,
     steps: int,
@@ -604,9 +623,9 @@ def train_joint(
         group["slow"] = vision_rate
     gathering = Gathering(model.c.width)
     gathering_groups = make_optimizer(gathering, rate).param_groups
-    optimizer = torch.optim.AdamW(
-        [*decoder_groups, *vision_groups, *gathering_groups], betas=(0.9, 0.95)
-    )
+    groups = [*decoder_groups, *vision_groups, *gathering_groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    learnt = {"model": model, "gathering": gathering, "optimizer": optimizer}
     path = work / "joint.pt"
     first, spent, most, changed = 0, 0.0, 6, 0
     tally, words_only = Tally(), Tally()
@@ -633,22 +652,11 @@ def train_joint(
             break
         part = max(step / steps, clock / (minutes * 60))
         model.vision.requires_grad_(part > 0.3)
-        fall = max(0.0, (part - 0.35) / 0.65)
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                rate
-                * min(1.0, (step - first + 1) / 50)
-                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
-                * group.get("slow", 1.0)
-            )
+        set_rate(optimizer, rate * min(1.0, (step - first + 1) / 50), part)
         if tally.mean() > 0.75 and most < 12 and step >= changed + 15:
             most, changed = most + 1, step
         most = max(most, min(12, int(6 + 18 * part)))
-        n = int(rng.integers(max(1, most - 4), most + 1))
-        if rng.random() < (0.1 if part < 0.7 else 0.45):
-            n = int(rng.integers(1, most + 1))
-        if part > 0.5 and rng.random() < 0.08:
-            n = int(rng.integers(13, 25))
+        n = draw_pictures(rng, most, part)
         kind = rng.random()
         if step % COPY_EVERY == 0 and part < 0.85:
             loss, copied = copy_loss(model.decoder, rng, tokens, COPY_GAP)
@@ -659,9 +667,8 @@ def train_joint(
             words_only.add(found)
         else:
             batch = draw_batch(rng, n, tokens, tally.weights(), 0.05, most / 12)
-            loss, found = forward_batch(
-                model, batch, to_pixels(pool[batch.pictures], rng), gathering
-            )
+            pixels = to_pixels(pool[batch.pictures], rng)
+            loss, found = forward_batch(model, batch, pixels, gathering)
             tally.add(found)
         optimizer.zero_grad()
         loss.backward()
@@ -669,11 +676,8 @@ def train_joint(
         optimizer.step()
         done = step + 1
         if done % 20 == 0:
-            pace = (time.time() - begun) / (done - first)
-            log(
-                f"joint {done} {pace:.2f}s {part:.2f} n<={most} loss {loss.item():.3f} "
-                + tally.text()
-            )
+            pace = f"{(time.time() - begun) / (done - first):.2f}s {part:.2f}"
+            log(f"joint {done} {pace} n<={most} loss {loss.item():.3f} {tally.text()}")
             if part < 0.5 and done % 100 == 0:
                 log(f"words only: {words_only.text()}")
         if done % 200 == 0:
@@ -681,9 +685,7 @@ def train_joint(
         if done % 50 == 0:
             save(
                 path,
-                model=model.state_dict(),
-                gathering=gathering.state_dict(),
-                optimizer=optimizer.state_dict(),
+                **{name: each.state_dict() for name, each in learnt.items()},
                 step=done,
                 spent=spent + time.time() - begun,
                 tally=tally.right,
@@ -691,9 +693,7 @@ def train_joint(
             )
     save(
         path,
-        model=model.state_dict(),
-        gathering=gathering.state_dict(),
-        optimizer=optimizer.state_dict(),
+        **{name: each.state_dict() for name, each in learnt.items()},
         step=steps,
         spent=spent + time.time() - begun,
         tally=tally.right,
