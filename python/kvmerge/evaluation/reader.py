@@ -8,13 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from ..budget import Budget
 from ..cache import Snapshot
 from ..chat.messages import check_messages
 from ..errors import KVMergeError
-from ..llama import Llama, llama_cpp
+from ..llama import Llama
 from ..media.part import find_media
 from ..policies import Policy
 from ..prompt import Prompt, Segment
