@@ -16,6 +16,7 @@ import pytest
 import kvmerge
 from conftest import Factory, answer
 from kvmerge import errors, pocket
+from kvmerge.chat.bitmaps import Bitmaps
 from kvmerge.chat.handler import ChatHandler
 from kvmerge.media import MediaPart
 from kvmerge.media.access import MediaAccess
@@ -37,7 +38,7 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.decoded = self.encoded = self.files = self.fetched = 0
         for owner, name, field in (
-            (ChatHandler, "_bitmap", "decoded"),
+            (Bitmaps, "of", "decoded"),
             (ChatHandler, "decode_chunk", "encoded"),  # which encodes what is not kept
             (MediaAccess, "read", "files"),
             (MediaAccess, "fetch", "fetched"),

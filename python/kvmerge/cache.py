@@ -68,7 +68,7 @@ class SavedState(LlamaState):
         Logits, of as many tokens as are kept, [n, n_vocab].
     seed : int
         Where random numbers begin.
-    merges : bool
+    is_merging : bool
         Whether the cache is one that merges.
     """
 
@@ -78,12 +78,12 @@ class SavedState(LlamaState):
         ids: npt.NDArray[np.intc],
         scores: npt.NDArray[np.single],
         seed: int,
-        merges: bool,
+        is_merging: bool,
     ) -> None:
         cells, n = bytes(snapshot.cells), len(snapshot.tokens)
         super().__init__(ids.copy(), scores.copy(), n, cells, len(cells), seed)
         self.snapshot = replace(snapshot, cells=cells)
-        self.merges = merges
+        self.is_merging = is_merging
 
     @staticmethod
     def snapshot_of(state: LlamaState) -> Snapshot:

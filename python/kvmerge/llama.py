@@ -192,7 +192,7 @@ class Llama(AnsweringLlama):
             if handler is not None:
                 handler.load(self)
             backends.log_device(options.get("n_gpu_layers"))
-            if self.settings.merges:
+            if self.settings.is_merging:
                 self._attach_engine()
         except BaseException:
             self.close()
@@ -223,7 +223,7 @@ class Llama(AnsweringLlama):
     def _load(self, path: Path, options: dict[str, Any]) -> None:
         # With merging the cache begins with room for one batch, and grows with what is read.
         set_verbose(bool(options.get("verbose", True)))
-        first = max(options.get("n_ubatch", N_UBATCH), 256) if self.settings.merges else 0
+        first = max(options.get("n_ubatch", N_UBATCH), 256) if self.settings.is_merging else 0
         with caught() as errors, small_beginning(first):
             try:
                 super().__init__(os.fspath(path), **options)
@@ -400,8 +400,8 @@ class Llama(AnsweringLlama):
     def save_state(self) -> LlamaState:
         """Return a copy of the cache; see `llama_cpp.Llama.save_state`."""
         snapshot = self.kv_cache.snapshot(whole=True)
-        merges = self.kv_cache.engine is not None
-        return SavedState(snapshot, self.input_ids, self._scores, self._seed, merges)
+        is_merging = self.kv_cache.engine is not None
+        return SavedState(snapshot, self.input_ids, self._scores, self._seed, is_merging)
 
     @takes_turn
     def load_state(self, state: LlamaState) -> None:
@@ -414,8 +414,8 @@ class Llama(AnsweringLlama):
             this model has none, or the other way round, or with another policy.
             What the cache held is still there then.
         """
-        merges = self.kv_cache.engine is not None
-        if merges != (saved := isinstance(state, SavedState) and state.merges):
+        saved = isinstance(state, SavedState) and state.is_merging
+        if saved != (self.kv_cache.engine is not None):
             with_, here = ("with", "without") if saved else ("without", "with")
             raise StateError(f"the state was saved {with_} kv_merge=, this model is {here} it")
         n, n_ctx = state.n_tokens, len(self.input_ids)

@@ -98,7 +98,7 @@ class Settings:
         }
 
     @property
-    def merges(self) -> bool:
+    def is_merging(self) -> bool:
         """Whether there is anything to merge, ever."""
         keeps_all = self.kv_budget.keeps_all and self.kv_max_cells is None
         return self.kv_merge is not None and not keeps_all
@@ -115,7 +115,7 @@ class Settings:
             option = "kv_max_cells" if has_cap else "keep_last_images"
             raise OptionError(f"{option}= needs kv_merge=, which is None: say how to merge")
         self._check_projector(options)
-        if self.merges and hasattr(handler, "clip_model_path"):
+        if self.is_merging and hasattr(handler, "clip_model_path"):
             raise UnsupportedError(
                 f"{type(handler).__name__} clears the cache in every call and counts positions as "
                 "tokens, so it does not go with kv_merge=: pass the file as mmproj= instead"
@@ -125,7 +125,7 @@ class Settings:
                 "draft_model= does not go with kv_max_cells=: a proposal that is wrong is taken "
                 "back from the end of the cache, which a cap may have merged by then"
             )
-        if self.merges and options.get("embedding"):
+        if self.is_merging and options.get("embedding"):
             raise UnsupportedError("embedding=True keeps no cache, so there is nothing to merge")
 
     def _check_projector(self, options: dict[str, Any]) -> None:

@@ -12,10 +12,8 @@ import logging
 import os
 import secrets
 import weakref
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ from ..errors import (
     ModelError,
     OptionError,
     ProjectorError,
-    UnsupportedError,
 )
 from ..estimate.projector_size import DryProjector
 from ..gguf_file import check_gguf, sha256_of
@@ -44,7 +41,6 @@ from ..media.embedding_batch import decode_embeddings, picture_positions
 from ..media.image_cache import Encoded, ImageCache
 from ..media.image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
 from ..media.part import MediaPart, find_media
-from ..media.picture import PictureError, is_jpeg_as_it_is
 from ..model import Model
 from ..native import backends
 from ..native.binding import trim
@@ -52,42 +48,12 @@ from ..native.library import LLAMA_CPP_PYTHON
 from ..native.log import caught
 from ..progress import Meter
 from ..prompt import Prompt, Segment, placeholder_ids
+from .bitmaps import Bitmaps, remember
+from .chunks import Changed, Chunk, Chunks
 from .continuation import Continuation
 from .template import ChatTemplate
 
 log = logging.getLogger("kvmerge")
-
-
-@dataclass
-class _Chunk:
-    """A medium in a prompt: `kvmerge.prompt.Media` over a chunk of libmtmd."""
-
-    prompt: _Chunks
-    index: int
-    digest: str
-    modality: str
-    n_tokens: int
-    n_encoded: int
-    """Tokens that the encoder makes of it, of which fewer may be read."""
-    picture: str
-    """SHA-256 of the file's bytes, in hex."""
-    number: int
-    """Which of the slices of the picture it is."""
-    merged: MergedTokens | None = None
-    """What is read, where it was merged already."""
-
-    @property
-    def pointer(self) -> Any:
-        """The chunk of libmtmd, which may lack its content."""
-        return self.prompt.chunk(self.index)
-
-    @property
-    def filled(self) -> Any:
-        """The chunk of libmtmd, with what is needed to encode it."""
-        return self.prompt.filled(self.index)
-
-    def decode(self, position: int) -> int:
-        return self.prompt.handler.decode_chunk(self, position)
 
 
 class _Told:
@@ -112,139 +78,6 @@ class _Told:
         """Raise what the meter has raised."""
         if self._error is not None:
             raise self._error
-
-
-class _Changed(MediaError):
-    """What a name leads to is not what it did before, and is needed again."""
-
-
-class _Chunks:
-    """libmtmd's chunks of a prompt.
-
-    Media that are in the cache, or that were encoded and kept, are given to libmtmd as nothing but
-    their size: it counts their tokens, and they are neither had nor decoded. Should one have to be
-    encoded after all, the prompt is prepared once more with it.
-    """
-
-    def __init__(
-        self,
-        handler: ChatHandler,
-        text: bytes,
-        parts: list[MediaPart],
-        digests: list[str],
-        empty: set[str],
-        is_read: bool,
-    ) -> None:
-        self.handler = handler
-        self._is_read = is_read
-        self._text = text
-        self._parts = parts
-        self._digests = digests
-        self._is_empty = [digest in empty for digest in digests]
-        self._chunks: Any = None
-        self._prepare()
-
-    def close(self) -> None:
-        """Free them."""
-        chunks, self._chunks = self._chunks, None
-        if chunks is not None:
-            mtmd_cpp.mtmd_input_chunks_free(chunks)
-
-    def _prepare(self) -> None:
-        handler = self.handler
-        with ExitStack() as pixels:
-            bitmaps = []
-            for part, digest, is_empty in zip(
-                self._parts, self._digests, self._is_empty, strict=True
-            ):
-                bitmap = handler._empty_bitmap(digest) if is_empty else handler._bitmap(part)
-                pixels.callback(mtmd_cpp.mtmd_bitmap_free, bitmap)
-                mtmd_cpp.mtmd_bitmap_set_id(bitmap, digest.encode())
-                bitmaps.append(bitmap)
-                if not is_empty:
-                    handler._note_size(digest, bitmap)
-            chunks = mtmd_cpp.mtmd_input_chunks_init()
-            if chunks is None:
-                raise MemoryError("libmtmd could not allocate a prompt")
-            self.close()
-            self._chunks = chunks
-            source = mtmd_cpp.mtmd_input_text()
-            source.text = self._text
-            source.text_len = len(self._text)
-            source.add_special = True
-            source.parse_special = True
-            array = (mtmd_cpp.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            with caught() as errors:
-                status = mtmd_cpp.mtmd_tokenize(
-                    handler.mtmd_ctx, chunks, ctypes.byref(source), array, len(bitmaps)
-                )
-            if status != 0:
-                raise MediaError(
-                    f"libmtmd could not prepare the prompt: {errors.reason or f'status {status}'}"
-                )
-
-    def chunk(self, index: int) -> Any:
-        """Return a chunk, as it is."""
-        return mtmd_cpp.mtmd_input_chunks_get(self._chunks, index)
-
-    def filled(self, index: int) -> Any:
-        """Return a chunk with its content, and prepare what comes after it too."""
-        chunk = self.chunk(index)
-        digest = mtmd_cpp.mtmd_input_chunk_get_id(chunk).decode()
-        first = self._digests.index(digest)
-        needed = [
-            i
-            for i, is_empty in enumerate(self._is_empty)
-            if is_empty and i >= first and not (self._is_kept(i) and self._digests[i] != digest)
-        ]
-        if not needed:
-            return chunk
-        for i in needed:
-            if self._parts[i].digest != self._digests[i]:
-                raise _Changed(f"{self._parts[i].label} is not what it was when it was last read")
-            self._is_empty[i] = False
-        self._prepare()
-        return self.chunk(index)
-
-    def _is_kept(self, i: int) -> bool:
-        return self.handler._kept(self._digests[i], self._parts[i]) is not None
-
-    def segments(self) -> list[Segment]:
-        """Return the text tokens, and the media with what stands for them."""
-        n = int(mtmd_cpp.mtmd_input_chunks_size(self._chunks))
-        ids = [mtmd_cpp.mtmd_input_chunk_get_id(self.chunk(i)) for i in range(n)]
-        # Some models cut a picture into slices, as many each time that it is shown.
-        shown = Counter(digest.encode() for digest in self._digests)
-        n_slices = {bitmap_id: ids.count(bitmap_id) // n for bitmap_id, n in shown.items()}
-        slices: dict[bytes, int] = {}
-        pieces = [self._piece(i, slices, n_slices) for i in range(n)]
-        self.handler.settle([p for p in pieces if isinstance(p, _Chunk)], self._is_read)
-        return [
-            Segment(placeholder_ids(piece.digest, piece.n_tokens), piece)
-            if isinstance(piece, _Chunk)
-            else Segment(piece)
-            for piece in pieces
-        ]
-
-    def _piece(
-        self, index: int, slices: dict[bytes, int], n_slices: Mapping[bytes, int]
-    ) -> list[int] | _Chunk:
-        chunk = self.chunk(index)
-        kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
-        if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            count = ctypes.c_size_t()
-            tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-            return [tokens[i] for i in range(count.value)]
-        n_tokens = int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
-        bitmap_id = mtmd_cpp.mtmd_input_chunk_get_id(chunk) or b""
-        # All slices have the id of the picture, each is another input.
-        number = slices.get(bitmap_id, 0)
-        slices[bitmap_id] = number + 1
-        digest = self.handler.digest_of_slice(bitmap_id.decode(), number)
-        modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
-        number %= n_slices[bitmap_id]
-        picture = bitmap_id.decode()
-        return _Chunk(self, index, digest, modality, n_tokens, n_tokens, picture, number)
 
 
 class _ReadAlready:
@@ -312,9 +145,7 @@ class ChatHandler(MTMDChatHandler):
         self._marker_bytes = self._marker.encode()
         self._llama: weakref.ref[Model] | None = None
         self._templates: ChatTemplate | None = None
-        # Of media that were seen: what they led to, and how large that is.
-        self._digests: dict[Any, str] = {}
-        self._sizes: dict[str, tuple[str, tuple[int, int]]] = {}
+        self._bitmaps = Bitmaps(self.clip_model_path, self.image_cache)
 
     # Loading.
 
@@ -353,7 +184,7 @@ class ChatHandler(MTMDChatHandler):
                 f"{errors.reason or 'llama.cpp gave no reason'}. It must be the mmproj that was "
                 "made for this model"
             )
-        self.mtmd_ctx = context
+        self.mtmd_ctx = self._bitmaps.context = context
         llama_model.at_close(self._free)
         n_embd = int(llama_cpp.llama_model_n_embd_inp(llama_model.model))
         if self.image_merge is not None:
@@ -372,6 +203,7 @@ class ChatHandler(MTMDChatHandler):
 
     def _free(self) -> None:
         context, self.mtmd_ctx = self.mtmd_ctx, None
+        self._bitmaps.context = None
         if context is not None:
             self._mtmd_free(context)
 
@@ -401,92 +233,6 @@ class ChatHandler(MTMDChatHandler):
         text = template.render(end.marked(messages), self._marker, template_options(options))
         return end.cut(text)
 
-    # From files to libmtmd.
-
-    def _bitmap(self, part: MediaPart) -> Any:
-        """Return libmtmd's bitmap of a picture or sound."""
-        support = (
-            mtmd_cpp.mtmd_support_vision
-            if part.modality == "image"
-            else mtmd_cpp.mtmd_support_audio
-        )
-        if not support(self.mtmd_ctx):
-            kind = "pictures" if part.modality == "image" else "sounds"
-            raise UnsupportedError(f"{part.label}: {self.clip_model_path} does not take {kind}")
-        if part.modality == "image":
-            bitmap = self._bitmap_of_picture(part)
-        else:
-            content = part.content
-            assert isinstance(content, bytes)
-            bitmap = self._bitmap_of_bytes(content)
-        if bitmap is None:
-            raise part.error("is not one that can be read")
-        if mtmd_cpp.mtmd_bitmap_is_audio(bitmap) != (part.modality == "audio"):
-            mtmd_cpp.mtmd_bitmap_free(bitmap)
-            raise part.error("is of the other kind: a picture given as sound or the reverse")
-        return bitmap
-
-    def _bitmap_of_picture(self, part: MediaPart) -> Any:
-        content = part.content
-        if isinstance(content, bytes):
-            try:
-                as_it_is = is_jpeg_as_it_is(content)
-            except PictureError as error:
-                raise part.error(str(error)) from error
-            if as_it_is and (bitmap := self._bitmap_of_bytes(content)) is not None:
-                return bitmap
-        picture = part.picture()
-        return mtmd_cpp.mtmd_bitmap_init(*picture.size, _address(picture.tobytes()))
-
-    def _bitmap_of_bytes(self, data: bytes) -> Any:
-        assert self.mtmd_ctx is not None
-        return mtmd_cpp.mtmd_helper_bitmap_init_from_buf(
-            self.mtmd_ctx, _address(data), len(data), False
-        )
-
-    def _empty_bitmap(self, digest: str) -> Any:
-        """Return a bitmap that has the size of a medium that was seen, and no content."""
-        modality, size = self._sizes[digest]
-        if modality == "audio":
-            return mtmd_cpp.mtmd_bitmap_init_from_audio(size[0], None)
-        return mtmd_cpp.mtmd_bitmap_init(*size, None)
-
-    def _kept(self, digest: str, part: MediaPart) -> Encoded | None:
-        """Return the beginning of what a medium was encoded to, if that was kept."""
-        kept = self.image_cache.peek(digest, part.modality)
-        if kept is not None and digest not in self._sizes:
-            _note(self._sizes, digest, (kept.modality, kept.size))
-        return kept
-
-    def _note_size(self, digest: str, bitmap: Any) -> None:
-        modality = "audio" if mtmd_cpp.mtmd_bitmap_is_audio(bitmap) else "image"
-        size = mtmd_cpp.mtmd_bitmap_get_nx(bitmap), mtmd_cpp.mtmd_bitmap_get_ny(bitmap)
-        _note(self._sizes, digest, (modality, size))
-
-    def _digest(self, part: MediaPart, cached: Container[str]) -> str:
-        """Return the digest of a medium, without having it where it is known.
-
-        A file counts as known as long as its size and time of change are what they were; a URL as
-        long as what it led to is in the cache.
-        """
-        if part.url is not None:
-            source: Any = part.url
-            digest = self._digests.get(source)
-            if digest is not None and self.digest_of_slice(digest, 0) in cached:
-                return digest
-        elif part.file is not None:
-            try:
-                stat = part.file.stat()
-            except OSError as error:
-                raise part.error(f"cannot be read: {error.strerror}") from error
-            source = (part.file, stat.st_size, stat.st_mtime_ns)
-            if source in self._digests:
-                return self._digests[source]
-        else:
-            return part.digest
-        _note(self._digests, source, part.digest)
-        return part.digest
-
     @contextmanager
     def prompt(
         self, text: str, parts: list[MediaPart], *, is_read: bool = True
@@ -515,29 +261,41 @@ class ChatHandler(MTMDChatHandler):
             )
         llama = None if self._llama is None else self._llama()
         cached = set() if llama is None else {span.digest for span in llama.kv_cache.spans}
-        digests = [self._digest(part, cached) for part in parts]
+        known = self._bitmaps
+
+        def is_cached(digest: str) -> bool:
+            return self.digest_of_slice(digest, 0) in cached
+
+        digests = [known.digest(part, is_cached) for part in parts]
         with ExitStack() as stack:
             stack.enter_context(self.image_cache.reserving(digests))
             empty = {
                 digest
                 for digest, part in zip(digests, parts, strict=True)
-                if (
-                    self._sizes.get(digest, ("",))[0] == part.modality
-                    and (not is_read or self.digest_of_slice(digest, 0) in cached)
-                )
-                or self._kept(digest, part) is not None
+                if (known.knows(digest, part.modality) and (not is_read or is_cached(digest)))
+                or known.kept(digest, part) is not None
             }
             if not is_read:
                 for digest, part in zip(digests, parts, strict=True):
                     if digest not in empty and part.modality == "image":
-                        _note(self._sizes, digest, ("image", part.size))
+                        known.note_size(digest, part)
                         empty.add(digest)
             if parts:
                 # The media are gone by then, and may have been large.
                 stack.callback(trim)
-            chunks = _Chunks(self, text.encode("utf-8"), parts, digests, empty, is_read)
+            chunks = Chunks(
+                known,
+                text.encode("utf-8"),
+                parts,
+                digests,
+                empty,
+                self.digest_of_slice,
+                self.decode_chunk,
+            )
             stack.callback(chunks.close)
-            yield Prompt(chunks.segments())
+            pieces = chunks.pieces()
+            self.settle([piece for piece in pieces if isinstance(piece, Chunk)], is_read)
+            yield Prompt([_segment(piece) for piece in pieces])
 
     # Merging.
 
@@ -548,7 +306,7 @@ class ChatHandler(MTMDChatHandler):
             name += f"/{self.image_merge}"
         return hashlib.sha256(name.encode()).hexdigest()
 
-    def settle(self, media: list[_Chunk], is_read: bool) -> None:
+    def settle(self, media: list[Chunk], is_read: bool) -> None:
         """Note how many tokens of each picture are read, for which it is encoded and merged.
 
         It need not be where it is in the cache, or where nothing is to be read: then what is not
@@ -576,15 +334,15 @@ class ChatHandler(MTMDChatHandler):
                     meter.encoded(chunk)
                 chunk.n_tokens = len(chunk.merged.kept)
 
-    def _merged(self, chunk: _Chunk) -> MergedTokens:
+    def _merged(self, chunk: Chunk) -> MergedTokens:
         assert self.image_merge is not None
         merged = self.image_merge(self._encoded(chunk))
-        _note(self._n_merged, chunk.digest, len(merged.kept))
+        remember(self._n_merged, chunk.digest, len(merged.kept))
         return merged
 
     # Reading.
 
-    def decode_chunk(self, chunk: _Chunk, position: int) -> int:
+    def decode_chunk(self, chunk: Chunk, position: int) -> int:
         """Encode a medium and read it into the cache; return the position after it."""
         llama = None if self._llama is None else self._llama()
         if llama is None:
@@ -627,13 +385,13 @@ class ChatHandler(MTMDChatHandler):
             raise _unread(llama, chunk, position, errors.reason or f"status {status}")
         return int(after.value)
 
-    def _decode_merged(self, llama: Model, chunk: _Chunk, position: int) -> int:
+    def _decode_merged(self, llama: Model, chunk: Chunk, position: int) -> int:
         """Read what is left of the tokens of a picture; return the position after it."""
         merged, chunk.merged = chunk.merged, None
         if merged is None:
             merged = self._merged(chunk)
         if len(merged.kept) != chunk.n_tokens:
-            raise _Changed(f"a picture has {len(merged.kept)} tokens, not {chunk.n_tokens}")
+            raise Changed(f"a picture has {len(merged.kept)} tokens, not {chunk.n_tokens}")
         meter = llama.reader.meter
         if meter is not None:
             meter.encoded(chunk)
@@ -653,7 +411,7 @@ class ChatHandler(MTMDChatHandler):
         self.merge_counts.add(chunk.n_encoded, chunk.n_tokens)
         return after
 
-    def _encoded(self, chunk: _Chunk) -> npt.NDArray[np.float32]:
+    def _encoded(self, chunk: Chunk) -> npt.NDArray[np.float32]:
         """Return the embeddings of a medium, [n_tokens, n_embd]: kept ones, or new ones."""
         name = (chunk.picture, chunk.number)
         kept = self.image_cache.get(name, chunk.n_encoded)
@@ -672,7 +430,7 @@ class ChatHandler(MTMDChatHandler):
         shape = chunk.n_encoded, int(llama_cpp.llama_model_n_embd_inp(llama.model))
         values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.mtmd_ctx), shape)
         embeddings = values.copy()  # The next picture is encoded to the same place.
-        _, size = self._sizes[chunk.picture]
+        size = self._bitmaps.size(chunk.picture)
         self.image_cache.put(name, Encoded(chunk.modality, size, embeddings))
         return embeddings
 
@@ -686,8 +444,8 @@ class ChatHandler(MTMDChatHandler):
         media = find_media(messages, llama.settings.media_access)
         try:
             tokens = self._read(llama, text, media)
-        except _Changed:
-            self._digests.clear()
+        except Changed:
+            self._bitmaps.forget_names()
             tokens = self._read(llama, text, media)
         return self.answer(llama, tokens, messages, **options)
 
@@ -710,7 +468,14 @@ class ChatHandler(MTMDChatHandler):
         )
 
 
-def _unread(llama: Model, chunk: _Chunk, position: int, reason: str) -> DecodeError:
+def _segment(piece: list[int] | Chunk) -> Segment:
+    """Return a piece of a prompt with the ids that stand for it."""
+    if isinstance(piece, Chunk):
+        return Segment(placeholder_ids(piece.digest, piece.n_tokens), piece)
+    return Segment(piece)
+
+
+def _unread(llama: Model, chunk: Chunk, position: int, reason: str) -> DecodeError:
     """Return why a medium was not read, or raise what the engine's planner has raised."""
     if llama.engine is not None:
         llama.engine.raise_problem()
@@ -733,25 +498,11 @@ def _origin(mmproj: Path, params: Any, n_embd: int) -> dict[str, Any]:
     }
 
 
-def _address(data: bytes) -> Any:
-    """Return bytes as what C reads them from; libmtmd copies what it keeps."""
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.POINTER(ctypes.c_uint8))
-
-
-def _note(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    """Remember something, and forget what was remembered longest ago."""
-    memory.pop(key, None)
-    memory[key] = value
-    while len(memory) > _REMEMBERED:
-        del memory[next(iter(memory))]
-
-
 def template_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a chat's options that its template sees."""
     return {name: value for name, value in options.items() if name not in _ANSWER_OPTIONS}
 
 
-_REMEMBERED = 4096
 _TOOL_OPTIONS = ("functions", "function_call", "tools", "tool_choice")
 _ANSWER_OPTIONS = (
     "temperature",
