@@ -488,8 +488,9 @@ class KVCache:
         before = self.snapshot(whole=is_whole) if is_whole or self.n_tokens else None
         had_logits = self.has_logits
         try:
-            # Numbers of what was there are multiplied by 0 where a cell is free: a NaN would stay.
-            self.clear()
+            if not is_whole:
+                # What was there is multiplied by 0 where a cell is free: a NaN would stay one.
+                self.clear()
             self.restore(snapshot)
         except BaseException:
             if before is not None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from .media.image_merge import ImageMerge
 from .native.binding import Engine, small_beginning
 from .native.log import caught, set_verbose
 from .policies import Policy
-from .progress import Report, report_of
+from .progress import Listener, listener_of
 from .prompt import MediaSpan
 from .reading import PromptReader
 from .settings import N_UBATCH, Settings, check_stock, take_projector
@@ -148,7 +147,7 @@ class Llama(AnsweringLlama):
         image_cache: int | str | None = "256MiB",
         image_cache_dir: str | os.PathLike[str] | None = None,
         image_merge: float | bool | None = None,
-        progress: bool | Report | None = None,
+        progress: bool | Listener | None = None,
         **options: Any,
     ) -> None:
         self.turns = Turns()
@@ -172,9 +171,9 @@ class Llama(AnsweringLlama):
             image_merge=image_merge,
             progress=progress,
         )
-        report = report_of(progress, bool(options.get("verbose", True)))
+        listener = listener_of(progress, bool(options.get("verbose", True)))
         self.settings.check_beside(options)
-        self.reader = PromptReader(self.kv_cache, self.settings, self.turns, report)
+        self.reader = PromptReader(self.kv_cache, self.settings, self.turns, listener)
 
         path = check_gguf(model_path, "model", ModelError)
         handler = self._make_handler()
@@ -372,12 +371,7 @@ class Llama(AnsweringLlama):
         self.turns.check_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def at_close(self, function: Callable[[], None]) -> None:

@@ -65,7 +65,7 @@ class ReadingProgress:
         return ", ".join(parts)
 
 
-Report = Callable[[ReadingProgress], object]
+Listener = Callable[[ReadingProgress], object]
 """Is called with how far reading is; what it returns is left alone, unless it is False."""
 
 
@@ -74,7 +74,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def report_of(value: object, verbose: bool) -> Report | None:
+def listener_of(value: object, verbose: bool) -> Listener | None:
     """Return what ``progress=`` of a `Llama` means.
 
     Raises
@@ -143,8 +143,8 @@ class Meter:
 
     Parameters
     ----------
-    report : callable
-        See `Report`.
+    listener : callable
+        See `Listener`.
     n_tokens : int
         Tokens that there are to read.
     media : list of Media
@@ -153,11 +153,11 @@ class Meter:
     Raises
     ------
     StoppedError
-        From every method, if the report returns False.
+        From every method, if the listener returns False.
     """
 
-    def __init__(self, report: Report, n_tokens: int, media: Sequence[Media]) -> None:
-        self._report = report
+    def __init__(self, listener: Listener, n_tokens: int, media: Sequence[Media]) -> None:
+        self._listener = listener
         n_media = sum(each.number == 0 for each in media)
         self._state = ReadingProgress(0, n_tokens, 0, n_media)
         self._start = self._last = time.monotonic()
@@ -187,7 +187,7 @@ class Meter:
 
     def close(self) -> None:
         """Note that there is nothing more to report."""
-        close = getattr(self._report, "close", None)
+        close = getattr(self._listener, "close", None)
         if close is not None:
             close()
 
@@ -197,7 +197,7 @@ class Meter:
         self._state = replace(
             state, seconds=now - self._start, seconds_left=self._left(now - self._start)
         )
-        if self._report(self._state) is False:
+        if self._listener(self._state) is False:
             raise StoppedError(
                 f"reading was stopped by progress= after {state.tokens} of {state.n_tokens} "
                 "tokens; what was read is in the cache, and the same chat goes on from there"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .cache import KVCache
 from .errors import ContextLengthError, DecodeError, MediaError, StateError, StoppedError
-from .progress import Meter, Report
+from .progress import Listener, Meter
 from .prompt import Media, Prompt
 from .settings import Settings
 from .turns import Turns
@@ -31,7 +31,7 @@ class PromptReader:
         What is kept when it is merged, and when that is.
     turns : Turns
         Whether the model may still be used.
-    report : callable, optional
+    listener : callable, optional
         Is told how far the reading is.
 
     Attributes
@@ -45,7 +45,7 @@ class PromptReader:
     """
 
     def __init__(
-        self, cache: KVCache, settings: Settings, turns: Turns, report: Report | None
+        self, cache: KVCache, settings: Settings, turns: Turns, listener: Listener | None
     ) -> None:
         self.n_batch = 1
         self.meter: Meter | None = None
@@ -53,7 +53,7 @@ class PromptReader:
         self._cache = cache
         self._settings = settings
         self._turns = turns
-        self._report = report
+        self._listener = listener
         self._context: Any = None
         self._batch: Any = None
         self._n_vocab = 0
@@ -261,10 +261,10 @@ class PromptReader:
     @contextmanager
     def reporting(self, n_tokens: int, media: Sequence[Media]) -> Iterator[Meter | None]:
         """Report how far the reading of so many tokens is, among them these pictures and sounds."""
-        if self._report is None:
+        if self._listener is None:
             yield None
             return
-        before, meter = self.meter, Meter(self._report, n_tokens, media)
+        before, meter = self.meter, Meter(self._listener, n_tokens, media)
         self.meter = meter
         try:
             yield meter

@@ -25,7 +25,7 @@ from .gguf_file import check_gguf
 from .media.access import MediaAccess
 from .media.image_merge import ImageMerge
 from .policies import Policy, resolve
-from .progress import Report
+from .progress import Listener
 
 log = logging.getLogger("kvmerge")
 
@@ -68,7 +68,7 @@ class Settings:
     image_cache: int | str | None
     image_cache_dir: str | os.PathLike[str] | None
     image_merge: float | bool | None
-    progress: bool | Report | None
+    progress: bool | Listener | None
 
     @classmethod
     def of(cls, **given: Any) -> Settings:

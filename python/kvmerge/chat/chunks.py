@@ -29,7 +29,7 @@ class Chunk:
     n_tokens: int
     n_encoded: int
     """Tokens that the encoder makes of it, of which fewer may be read."""
-    picture: str
+    file_digest: str
     """SHA-256 of the file's bytes, in hex."""
     number: int
     """Which of the slices of the picture it is."""
@@ -189,8 +189,8 @@ class Chunks:
         # All slices have the id of the picture, each is another input.
         number = slices.get(bitmap_id, 0)
         slices[bitmap_id] = number + 1
-        digest = self._digest_of_slice(bitmap_id.decode(), number)
+        file_digest = bitmap_id.decode()
+        digest = self._digest_of_slice(file_digest, number)
         modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
         number %= n_slices[bitmap_id]
-        picture = bitmap_id.decode()
-        return Chunk(self, index, digest, modality, n_tokens, n_tokens, picture, number)
+        return Chunk(self, index, digest, modality, n_tokens, n_tokens, file_digest, number)

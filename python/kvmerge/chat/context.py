@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Protocol
 
 from llama_cpp.llama import Llama as StockLlama
@@ -27,8 +26,8 @@ log = logging.getLogger("kvmerge")
 
 Messages = list[Any]
 
-_ANY_TURN = (("user", "A"), ("user", "?"), ("assistant", "A"))
-"""Turns to try: what chats have in common that go on with one of them comes before any turn."""
+_ANY_MESSAGE = (("user", "A"), ("user", "?"), ("assistant", "A"))
+"""Messages to try: what chats that go on with one of them have in common comes before any."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -74,36 +73,31 @@ class Context:
     def __enter__(self) -> Context:
         self._llama.turns.check_open()
         self._llama.check_media(self._messages)
-        with self._chat.start(self._messages, self._next_turns(), self._options) as prompt:
+        with self._chat.start(self._messages, self._longer_chats(), self._options) as prompt:
             self._llama.read(prompt, answer=False)
         self._base = self._llama.kv_cache.snapshot()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._base = None
 
     # Messages.
 
-    def _next_turns(self) -> list[Messages]:
+    def _longer_chats(self) -> list[Messages]:
         """Return chats that go on from the messages, of those that the chat template takes."""
         self._joins = False
         taken: list[Messages] = []
         refusal: Exception | None = None
-        for role, text in _ANY_TURN:
-            turn = [{"role": role, "content": text}]
+        for role, text in _ANY_MESSAGE:
+            message = [{"role": role, "content": text}]
             try:
-                taken.append(self._taken(self._followed_by(turn)))
+                taken.append(self._taken(self._followed_by(message)))
             except ValueError as error:
                 refusal = error
                 if not taken and not self._joins and role == self._messages[-1].get("role"):
                     # It wants roles to alternate: what is asked is a part of the last message.
                     self._joins = True
-                    taken.append(self._taken(self._followed_by(turn)))
+                    taken.append(self._taken(self._followed_by(message)))
         if not taken:
             raise OptionError(f"the chat template takes no question here: {refusal}") from refusal
         return taken
@@ -112,12 +106,12 @@ class Context:
         self._chat.check(messages, self._options)
         return messages
 
-    def _followed_by(self, turns: Messages) -> Messages:
-        last, first = self._messages[-1], turns[0]
+    def _followed_by(self, messages: Messages) -> Messages:
+        last, first = self._messages[-1], messages[0]
         if not self._joins or last.get("role") != first.get("role"):
-            return [*self._messages, *turns]
+            return [*self._messages, *messages]
         content = [*_parts(last), *_parts(first, "\n")]
-        return [*self._messages[:-1], {**last, "content": content}, *turns[1:]]
+        return [*self._messages[:-1], {**last, "content": content}, *messages[1:]]
 
     # Asking.
 

@@ -299,9 +299,9 @@ class ChatHandler(MTMDChatHandler):
 
     # Merging.
 
-    def digest_of_slice(self, picture: str, number: int) -> str:
+    def digest_of_slice(self, file_digest: str, number: int) -> str:
         """Return what tells a slice of a picture from others, and from itself merged otherwise."""
-        name = f"{picture}/{number}"
+        name = f"{file_digest}/{number}"
         if self.image_merge is not None:
             name += f"/{self.image_merge}"
         return hashlib.sha256(name.encode()).hexdigest()
@@ -413,7 +413,7 @@ class ChatHandler(MTMDChatHandler):
 
     def _encoded(self, chunk: Chunk) -> npt.NDArray[np.float32]:
         """Return the embeddings of a medium, [n_tokens, n_embd]: kept ones, or new ones."""
-        name = (chunk.picture, chunk.number)
+        name = (chunk.file_digest, chunk.number)
         kept = self.image_cache.get(name, chunk.n_encoded)
         if kept is not None:
             return kept
@@ -430,7 +430,7 @@ class ChatHandler(MTMDChatHandler):
         shape = chunk.n_encoded, int(llama_cpp.llama_model_n_embd_inp(llama.model))
         values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.mtmd_ctx), shape)
         embeddings = values.copy()  # The next picture is encoded to the same place.
-        size = self._bitmaps.size(chunk.picture)
+        size = self._bitmaps.size(chunk.file_digest)
         self.image_cache.put(name, Encoded(chunk.modality, size, embeddings))
         return embeddings
 
