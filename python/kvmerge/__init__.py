@@ -62,34 +62,20 @@ __all__ = [
     "presets",
 ]
 
-_MODULES = {
-    "D2O": ".policies",
-    "H2O": ".policies",
-    "MEDA": ".policies",
-    "Auto": ".policies",
-    "Evict": ".policies",
-    "FlowMM": ".policies",
+_ELSEWHERE = {
     "KVMergeError": ".errors",
-    "KVMerger": ".policies",
     "KVStats": ".stats",
     "Llama": ".llama",
-    "LookM": ".policies",
-    "MadaKV": ".policies",
     "MediaAccess": ".media.access",
-    "Mosaic": ".policies",
-    "Policy": ".policies",
-    "Pyramid": ".policies",
-    "SnapKV": ".policies",
-    "Streaming": ".policies",
-    "presets": ".policies",
 }
+"""Where names are that are not of the policies."""
 
 
 def __getattr__(name: str) -> Any:
     # Loading the native library takes a while, so it waits until something needs it.
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name], __name__), name)
+    value = getattr(import_module(_ELSEWHERE.get(name, ".policies"), __name__), name)
     globals()[name] = value
     return value
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import llama_cpp
 import numpy as np
@@ -355,8 +355,8 @@ class AnsweringLlama(StockLlama):
         """Return what chats of text are read with, and use it from now on."""
         from .chat.text import TextHandler
 
-        handler = TextHandler.of(self.chat_format, self._chat_handlers)
-        self._chat_handlers[self.chat_format] = handler
+        name, handlers = str(self.chat_format), cast(dict[str, Any], self._chat_handlers)
+        handlers[name] = handler = TextHandler.of(name, handlers)
         return handler
 
     def check_media(self, messages: list[Any]) -> None:

@@ -179,7 +179,7 @@ class Llama(AnsweringLlama):
         handler = self._make_handler()
         if handler is not None:
             options["chat_handler"] = handler
-            self._fit_batches(path, options)
+            self._fit_batches(path, handler.clip_model_path, options)
 
         try:
             self._load(path, options)
@@ -269,14 +269,14 @@ class Llama(AnsweringLlama):
             ImageMerge.of(settings.image_merge, settings.image_min_tokens),
         )
 
-    def _fit_batches(self, path: Path, options: dict[str, Any]) -> None:
+    def _fit_batches(self, path: Path, mmproj: str, options: dict[str, Any]) -> None:
         """Make batches large enough for pictures that have to be read at once."""
         from .estimate.projector_size import ImageBounds
         from .media.picture_batch import picture_batch
 
         settings = self.settings
         bounds = ImageBounds(settings.image_min_tokens, settings.image_max_tokens)
-        needed = picture_batch(path, settings.mmproj, bounds)
+        needed = picture_batch(path, mmproj, bounds)
         for name in ("n_batch", "n_ubatch"):
             asked = options.get(name, N_UBATCH)
             if isinstance(asked, Integral) and needed > int(asked):

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .cache import KVCache
@@ -23,11 +23,11 @@ class Model(Protocol):
     """
 
     model_path: str
-    metadata: Mapping[str, str]
+    metadata: dict[str, str]
     verbose: bool
     n_threads_batch: int
     context_params: Any
-    chat_format: str
+    chat_format: str | None
     chat_handler: Any
 
     @property
