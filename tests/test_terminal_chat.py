@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import kvmerge  # noqa: F401
-from kvmerge import pocket
+from kvmerge import cli, pocket
+from kvmerge.commands import chat
+from kvmerge.progress import ReadingProgress
 
 fcntl = pytest.importorskip("fcntl")
 pty = pytest.importorskip("pty")
@@ -124,13 +127,15 @@ def test_bad_commands_are_said_and_nothing_is_lost(pictures: list[Path]) -> None
         assert terminal.process.poll() is None
 
 
-@pytest.mark.slow  # when the interrupt comes depends on how busy the machine is
 def test_an_interrupt_stops_the_answer_and_not_the_program(pictures: list[Path]) -> None:
     with talking() as terminal:
         terminal.ask("/image " + " ".join(f"'{file}'" for file in pictures * 8))
         terminal.type("List all letters in order.\n")
-        time.sleep(0.1)
+        # Ctrl-C throws away what is typed and not read: so not before the pictures are being read.
+        terminal.until(b"] ")
+        os.kill(terminal.process.pid, signal.SIGSTOP)  # it cannot get done before the interrupt
         terminal.type("\x03")
+        os.kill(terminal.process.pid, signal.SIGCONT)
         assert "[stopped]" in terminal.until()
         terminal.type("\x03")
         assert "/quit leaves" in terminal.until()
@@ -139,3 +144,65 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(pictures: list[Path])
         assert terminal.process.poll() is None
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
+
+
+def interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)  # handlers run between two instructions
+
+
+@pytest.mark.parametrize("moment", ["typing", "before", "picture 1", "picture 3", "answer"])
+def test_an_interrupt_at_every_moment(
+    moment: str,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, so that each comes exactly where it is to come, and once."""
+    due = [moment]
+
+    def at(here: str) -> None:
+        if due == [here]:
+            due.clear()
+            interrupted()
+
+    lines = ["/image " + " ".join(f"'{file}'" for file in pictures), "Which letters?", "Who?"]
+
+    def typed(prompt: str) -> str:
+        if len(lines) == 2:
+            at("typing")
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    say, watch, shown = chat.Conversation.say, chat.Watch.__call__, print
+
+    def before(self: chat.Conversation, text: str) -> None:
+        at("before")
+        say(self, text)
+
+    def reads(self: chat.Watch, progress: ReadingProgress) -> bool:
+        at(f"picture {progress.media}")
+        return watch(self, progress)
+
+    def prints(*words: str, **options: Any) -> None:
+        shown(*words, **options)
+        if options.get("flush"):
+            at("answer")
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(chat.Conversation, "say", before)
+    monkeypatch.setattr(chat.Watch, "__call__", reads)
+    monkeypatch.setattr(chat, "print", prints, raising=False)
+    before_all = signal.getsignal(signal.SIGINT)
+    options = ["--mmproj", os.fspath(pocket.mmproj_path()), "--threads", "1", "--max-tokens", "6"]
+    status = cli.main(["chat", os.fspath(pocket.model_path()), *options, "--temperature", "0"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert due == lines == []
+    if moment == "typing":
+        assert "/quit leaves" in said.out and "[stopped]" not in said.out
+    else:
+        assert said.out.count("[stopped]") == 1
+    assert said.err == ""
+    assert signal.getsignal(signal.SIGINT) is before_all

@@ -67,23 +67,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Interrupt:
-    """Ctrl-C while an answer is made: noted, and acted upon where nothing is half done."""
+    """Ctrl-C: ends a line that is being typed, and else is noted, for where nothing is half done.
+
+    From `caught` on it never ends the program. What is asked for between a line and its answer
+    stops that answer.
+    """
 
     def __init__(self) -> None:
         self.is_asked = False
+        self._is_typing = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Note Ctrl-C inside instead of raising; a second one raises."""
-        self.is_asked = False
+        """Note Ctrl-C inside instead of raising; one after another that was noted raises."""
         before = signal.signal(signal.SIGINT, self._note)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def typed(self, prompt: str) -> str:
+        """Return what is typed in one line.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            At Ctrl-C, as nothing is done meanwhile.
+        EOFError
+            If the input has ended.
+        """
+        self.is_asked = False
+        self._is_typing = True
+        try:
+            return input(prompt)
+        finally:
+            self._is_typing = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked:
+        if self.is_asked or self._is_typing:
+            self.is_asked = self._is_typing = False  # What catches it is not to be interrupted too.
             raise KeyboardInterrupt
         self.is_asked = True
 
@@ -260,8 +282,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": content})
         said: list[str] = []
         try:
-            with self._interrupt.caught():
-                self._answer(said)
+            self._answer(said)
             if self._interrupt.is_asked:
                 print("[stopped]", end="")
         except StoppedError:
@@ -299,28 +320,15 @@ def _said(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-def _lines() -> Iterator[str]:
-    """Yield what is typed, until the end of the input."""
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  (input() then edits, and remembers what was typed)
+def _message(interrupt: Interrupt) -> str:
+    """Return what is typed, which may be several lines."""
     asks = sys.stdin.isatty()
     whole = ""
     while True:
-        try:
-            line = input(("... " if whole else "> ") if asks else "")
-        except EOFError:
-            if asks:
-                print()
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
-            whole = ""
-            continue
-        if line.endswith("\\"):
-            whole += line[:-1] + "\n"
-            continue
-        yield (whole + line).strip()
-        whole = ""
+        line = interrupt.typed(("... " if whole else "> ") if asks else "")
+        if not line.endswith("\\"):
+            return (whole + line).strip()
+        whole += line[:-1] + "\n"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -330,19 +338,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     interrupt = Interrupt()
     options = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
-    with _load(interrupt, arguments) as llm:
+    with _load(interrupt, arguments) as llm, interrupt.caught():
         conversation = Conversation(llm, interrupt, options, arguments.system)
         print("/help lists what there is beside talking.")
-        for line in _lines():
-            if line in ("/quit", "/exit"):
-                break
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (input() then edits, and remembers what was typed)
+        while True:
+            line = ""
             try:
+                line = _message(interrupt)
+                if line in ("/quit", "/exit"):
+                    break
                 if line.startswith("/"):
                     conversation.command(line)
                 elif line:
                     conversation.say(line)
+            except EOFError:
+                if sys.stdin.isatty():
+                    print()
+                break
             except KVMergeError as error:
                 complain(f"{error}")
             except KeyboardInterrupt:
-                print("\n[stopped]")
+                print("\n[stopped]" if line else "\n(Ctrl-D or /quit leaves)")
     return 0
