@@ -13,6 +13,14 @@ from pathlib import Path
 OURS = ("--kv-merge", "--kv-budget", "--kv-max-cells", "--keep-last-images")
 """Flags of merging, each of which may also be set in the environment as ``LLAMA_ARG_...``."""
 
+MEDIA_URL = "--media-url"
+MEDIA_URLS = ("none", "public", "any")
+"""Which pictures that messages name by URL are fetched; told in the server's environment."""
+
+CACHE_RAM = 512
+"""MiB of host memory for copies of idle slots while merging is on: merged ones are small, and the
+8192 of llama-server are all that a laptop has."""
+
 _HELP = """\
 usage: kvmerge serve MODEL [--mmproj MMPROJ] [flags of llama-server]
 
@@ -27,9 +35,12 @@ Serve a model over HTTP: OpenAI's API, as llama-server does, with a cache that m
                         with auto it is of pictures and sound, and all text stays
   --kv-max-cells N      the most cells of all slots together, or bytes such as 512MiB
   --keep-last-images N  last pictures of each slot that merges leave as they are
+  --media-url WHICH     which http:// pictures of messages are fetched: none (default), public
+                        (not from this machine or its own network), or any
   --parallel N          slots: how many are served at once
 
-All other flags are those of llama-server; `kvmerge serve --help-all` lists them.
+All other flags are those of llama-server; `kvmerge serve --help-all` lists them. While merging is
+on, --cache-ram is {cache_ram} unless told otherwise.
 """
 
 
@@ -87,21 +98,38 @@ def settings(given: Mapping[str, str]) -> list[str]:
     return arguments
 
 
-def command_line(arguments: list[str]) -> list[str]:
-    """Return what llama-server is started with."""
+def command_line(arguments: list[str]) -> tuple[list[str], str]:
+    """Return what llama-server is started with, and which URLs of media it may fetch.
+
+    Raises
+    ------
+    PolicyError, BudgetError, OptionError
+        If a flag of ours is not accepted.
+    """
+    from ..errors import OptionError
+
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in OURS:
+    for flag in (*OURS, MEDIA_URL):
         parser.add_argument(flag, dest=flag, default=os.environ.get(_variable(flag)))
     try:
         parsed, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        from ..errors import OptionError
-
         raise OptionError(str(error)) from None
     given = {flag: value for flag, value in vars(parsed).items() if value is not None}
-    return [*rest, *settings(given)]
+    which = given.pop(MEDIA_URL, "none")
+    if which not in MEDIA_URLS:
+        raise OptionError(f"{MEDIA_URL} {which}: it must be one of {', '.join(MEDIA_URLS)}")
+    merging = settings(given)
+    if merging and not _is_said(rest, "LLAMA_ARG_CACHE_RAM", "--cache-ram", "-cram"):
+        merging += ["--cache-ram", str(CACHE_RAM)]
+    return [*rest, *merging], which
+
+
+def _is_said(arguments: list[str], variable: str, *flags: str) -> bool:
+    names = {argument.partition("=")[0] for argument in arguments}
+    return variable in os.environ or not names.isdisjoint(flags)
 
 
 def _variable(flag: str) -> str:
@@ -129,14 +157,18 @@ def program() -> Path:
     return file
 
 
-def environment() -> dict[str, str]:
-    """Return the server's environment: it loads a back end that is a package of its own."""
+def environment(media_url: str) -> dict[str, str]:
+    """Return the server's environment.
+
+    It says which URLs of media may be fetched, and names a back end that is a package of its own.
+    """
     from ..native import backends
 
     variables = dict(os.environ)
     # What is read here must not be read again: the flags say it.
     for flag in OURS:
         variables.pop(_variable(flag), None)
+    variables[_variable(MEDIA_URL)] = media_url
     modules = [
         file
         for folder in backends.packages()
@@ -158,14 +190,15 @@ def run(arguments: argparse.Namespace) -> int:
         names = textwrap.fill(
             ", ".join(served), 88, initial_indent=indent, subsequent_indent=indent
         )
-        print(_HELP.format(presets=names))
+        print(_HELP.format(presets=names, cache_ram=CACHE_RAM))
         raise SystemExit(0 if given else 2)
-    line = [os.fspath(program())]
-    line += ["--help"] if given[0] == "--help-all" else command_line(given)
+    rest, media_url = (["--help"], "none") if given[0] == "--help-all" else command_line(given)
+    line = [os.fspath(program()), *rest]
+    variables = environment(media_url)
     sys.stdout.flush()
     if sys.platform != "win32":
-        os.execve(line[0], line, environment())
+        os.execve(line[0], line, variables)
     try:
-        return subprocess.call(line, env=environment())
+        return subprocess.call(line, env=variables)
     except KeyboardInterrupt:
         return 0
