@@ -15,7 +15,7 @@ import pytest
 
 import kvmerge
 from kvmerge import pocket
-from kvmerge.commands.serve import program
+from kvmerge.commands.serve import command_line, program
 from serving import Answer, Server, chat_body, is_built, refusal, serving
 
 pytestmark = pytest.mark.skipif(
@@ -296,6 +296,17 @@ def test_the_environment_says_it_too() -> None:
     variables = {"LLAMA_ARG_KV_MERGE": "auto", "LLAMA_ARG_KV_BUDGET": "0.3"}
     with serving("--parallel", "1", **variables) as server:
         assert server.get("/props")["kv_merge"]["budget"] == "0.3"
+
+
+def test_copies_of_slots_take_less_memory_while_merging() -> None:
+    def cache_ram(*flags: str) -> list[str]:
+        line = command_line(["model.gguf", *flags])[0]
+        return [line[i + 1] for i, flag in enumerate(line) if flag in ("--cache-ram", "-cram")]
+
+    assert cache_ram(*MERGING) == ["512"]
+    assert cache_ram() == []
+    assert cache_ram(*MERGING, "--cache-ram", "100") == ["100"]
+    assert cache_ram("-cram", "0", *MERGING) == ["0"]
 
 
 def test_bad_flags_are_refused_at_the_start() -> None:

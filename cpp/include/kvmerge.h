@@ -244,6 +244,14 @@ KVMERGE_API int32_t kvmerge_begin_small(int32_t n_cells);
 //   n_whole      pictures or clips, the last ones, that every merge leaves as they are where the budget has room for them
 KVMERGE_API int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole);
 
+// Say that nobody waits for a sequence, or that somebody does again: such a merge takes from those that are idle first, then
+// from the largest. At the beginning none is idle. Errors: ARGUMENT.
+KVMERGE_API int32_t kvmerge_set_idle(struct kvmerge_engine * engine, int32_t seq_id, bool is_idle);
+
+// Whether a merge has cleared this sequence (KVMERGE_ERROR_CLEARED) since this was last asked: one that makes room may meet a
+// sequence that the batch has nothing of.
+KVMERGE_API bool kvmerge_was_cleared(struct kvmerge_engine * engine, int32_t seq_id);
+
 // Cells that the cache has now, used or not, all sequences together; and the bytes of K, V, bias and sums that they take.
 KVMERGE_API int32_t kvmerge_size (const struct kvmerge_engine * engine);
 KVMERGE_API int64_t kvmerge_bytes(const struct kvmerge_engine * engine);

@@ -215,6 +215,22 @@ kvmerge_server_media::~kvmerge_server_media() {
     }
 }
 
+void kvmerge_server_idle(int32_t id_slot, bool is_idle) {
+    if (state.engine) {
+        kvmerge_set_idle(state.engine, id_slot, is_idle);
+    }
+}
+
+bool kvmerge_server_was_cleared(int32_t id_slot) {
+    if (!state.engine || !kvmerge_was_cleared(state.engine, id_slot)) {
+        return false;
+    }
+
+    SRV_WRN("slot %d: a merge broke off, and its cells are gone (%s): what it held is read again\n", id_slot, kvmerge_error_message());
+
+    return true;
+}
+
 void kvmerge_server_decoded() {
     if (!state.engine) {
         return;
@@ -301,6 +317,9 @@ bool kvmerge_server_merge(int32_t id_slot, const server_tokens & tokens) {
 
     const int32_t status = kvmerge_merge(state.engine, id_slot, n_kept);
 
+    if (status == KVMERGE_ERROR_CLEARED) {
+        kvmerge_was_cleared(state.engine, id_slot); // it is told here
+    }
     if (status != KVMERGE_OK) {
         SRV_WRN("slot %d was not merged: %s\n", id_slot, kvmerge_error_message());
     }

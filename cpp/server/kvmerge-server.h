@@ -44,6 +44,12 @@ struct kvmerge_server_media {
     ~kvmerge_server_media();
 };
 
+// Whether anybody is waiting for a slot: where cells run out, what is idle merges first.
+void kvmerge_server_idle(int32_t id_slot, bool is_idle);
+
+// Whether a merge that a batch needed broke off since this was last asked, and took the cells of the slot with it.
+bool kvmerge_server_was_cleared(int32_t id_slot);
+
 // A batch was decoded: tells of merges that it needed.
 void kvmerge_server_decoded();
 

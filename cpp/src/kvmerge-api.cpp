@@ -125,6 +125,21 @@ int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, fl
     return guarded([&]() -> int32_t { return engine->set_room(n_cells_max, share, n_whole); });
 }
 
+int32_t kvmerge_set_idle(struct kvmerge_engine * engine, int32_t seq_id, bool is_idle) {
+    return guarded([&]() -> int32_t {
+        if (const int32_t status = check_seq(engine, seq_id)) {
+            return status;
+        }
+        engine->set_idle(seq_id, is_idle);
+
+        return KVMERGE_OK;
+    });
+}
+
+bool kvmerge_was_cleared(struct kvmerge_engine * engine, int32_t seq_id) {
+    return check_seq(engine, seq_id) == KVMERGE_OK && engine->take_cleared(seq_id);
+}
+
 void kvmerge_set_planner(struct kvmerge_engine * engine, kvmerge_planner_fn plan, void * data) {
     engine->planner = { plan, data };
 }

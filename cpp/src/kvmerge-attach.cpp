@@ -58,7 +58,8 @@ bool kvmerge_may_remove(llama_memory_i * memory, llama_seq_id seq_id, llama_pos 
 
 kvmerge_engine::kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max) :
     cache(cache), lctx(lctx), params(params), observer(params.n_window, params.n_flow_rows, n_seq_max),
-    v_trans(cache.v_trans), tokens(cache.get_size()), is_merged(cache.get_size()), sequences(n_seq_max) {
+    v_trans(cache.v_trans), tokens(cache.get_size()), is_merged(cache.get_size()), sequences(n_seq_max),
+    is_idle(n_seq_max), was_cleared(n_seq_max) {
     if (cache.hparams.attn_soft_cap) {
         logit_softcap = cache.hparams.f_attn_logit_softcapping;
     }

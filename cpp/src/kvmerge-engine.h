@@ -78,6 +78,10 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     kvmerge_status set_room(int32_t n_cells_max, float share, int32_t n_whole);
 
+    void set_idle(llama_seq_id seq_id, bool idle);
+
+    bool take_cleared(llama_seq_id seq_id); // whether a merge has cleared it since this was last asked
+
     kvmerge_status lay_out(bool merged);
 
     void keep_plans(bool keep);
@@ -268,6 +272,9 @@ private:
     // let n_tokens more fit: more cells up to the most there may be, then merging
     bool make_room(uint32_t n_tokens);
 
+    // Merge what is idle, or what is not, until n_fit cells would do. Another status than OK: it broke off.
+    kvmerge_status take_room(int32_t n_fit, bool of_idle);
+
     // so many cells, where the cache may grow that far and there is memory for them
     void make_cells(uint64_t n_cells);
 
@@ -362,6 +369,9 @@ private:
     };
 
     std::vector<sequence> sequences; // [n_seq_max]
+
+    std::vector<uint8_t> is_idle;     // [n_seq_max]
+    std::vector<uint8_t> was_cleared; // [n_seq_max] by a merge that broke off, since it was last asked
 
     struct {
         bool    is_open  = false;

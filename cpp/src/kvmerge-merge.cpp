@@ -410,6 +410,8 @@ void kvmerge_engine::clear(llama_seq_id seq_id, const std::vector<uint32_t> & ce
 
         tokens[idx].order = 0; // it is wiped before it is used again
     }
+    was_cleared[seq_id] = 1;
+
     bias_is_stale    = has_bias;
     cache.v_heads[0] = 0; // what is read next goes where there is room again
 

@@ -77,6 +77,18 @@ kvmerge_status kvmerge_engine::set_room(int32_t n_cells, float share, int32_t n_
     return KVMERGE_OK;
 }
 
+void kvmerge_engine::set_idle(llama_seq_id seq_id, bool idle) {
+    is_idle[seq_id] = idle;
+}
+
+bool kvmerge_engine::take_cleared(llama_seq_id seq_id) {
+    const bool res = was_cleared[seq_id];
+
+    was_cleared[seq_id] = 0;
+
+    return res;
+}
+
 void kvmerge_engine::shrink() noexcept {
     auto & table = cache.v_cells[0];
 
@@ -138,14 +150,97 @@ void kvmerge_engine::make_cells(uint64_t n_cells) {
     lctx->sched_reserve_later();
 }
 
+// The highest number of cells that none of the sequences may exceed, so that together they give n_over; n_least if it would
+// have to be lower.
+static int32_t level(const std::vector<int32_t> & sizes, int64_t n_over, int32_t n_least) {
+    int32_t low  = n_least;
+    int32_t high = std::max(n_least, *std::max_element(sizes.begin(), sizes.end()));
+
+    while (low < high) {
+        const int32_t mid = low + (high - low + 1)/2;
+
+        int64_t n_given = 0;
+        for (const int32_t size : sizes) {
+            n_given += std::max(0, size - mid);
+        }
+
+        if (n_given >= n_over) {
+            low = mid;
+        } else {
+            high = mid - 1;
+        }
+    }
+
+    return low;
+}
+
+kvmerge_status kvmerge_engine::take_room(int32_t n_fit, bool of_idle) {
+    std::vector<llama_seq_id> ids;
+    std::vector<int32_t>      sizes;
+
+    int32_t n_held = 0; // sequences that hold anything
+    int32_t n_busy = 0;
+
+    for (size_t s = 0; s < sequences.size(); ++s) {
+        const auto cells = sequence_cells(s);
+
+        n_held += !cells.empty();
+        n_busy += !cells.empty() && !is_idle[s];
+
+        if (!cells.empty() && of_idle == (bool) is_idle[s] && check_merge(s, cells) == KVMERGE_OK) {
+            ids  .push_back(s);
+            sizes.push_back(cells.size());
+        }
+    }
+
+    if (ids.empty()) {
+        return KVMERGE_OK;
+    }
+
+    // Less than what fits, lest the next tokens merge again.
+    const int32_t n_stretch = std::min(n_fit/2, std::max(n_fit/8, MIN_STRETCH*std::max(1, n_busy)));
+    const int64_t n_over    = (int64_t) cache.get_cells(0).get_used() - (n_fit - n_stretch);
+
+    // what is idle keeps enough to be asked about again
+    const int32_t n_level = level(sizes, n_over, of_idle ? n_fit/(4*n_held) : 1);
+
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (sizes[i] <= n_level) {
+            continue;
+        }
+
+        const auto & seen  = sequences[ids[i]];
+        const auto   cells = sequence_cells(ids[i]);
+
+        const bool    text_alone = params.select == KVMERGE_SELECT_MEDIA;
+        const int32_t n_text     = text_alone ? std::min(count_modalities(cells).n_text, n_level) : 0;
+
+        // where layers differ, the widest has n_level
+        int32_t n_target = n_level - (params.allocate == KVMERGE_ALLOCATE_UNIFORM ? 0 : (n_level - n_text)/8);
+        if (room.share > 0) {
+            n_target = std::min(n_target, n_text + (int32_t) std::ceil(room.share*(seen.n_seen - n_text)));
+        }
+        n_target = std::max(n_target, std::min(params.n_sink + kvmerge_n_keep(params) + 1, n_level));
+
+        if (n_target < 1 || n_target >= (int32_t) cells.size()) {
+            continue;
+        }
+
+        const auto status = run(ids[i], n_target, n_level);
+        if (status != KVMERGE_OK) {
+            return status;
+        }
+    }
+
+    return KVMERGE_OK;
+}
+
 bool kvmerge_engine::make_room(uint32_t n_tokens) {
     const auto & table = cache.get_cells(0);
 
     const uint32_t n_max = n_cells_max();
 
     if (table.get_used() + n_tokens > n_max && room.n_cells_max > 0 && is_attached) {
-        const uint32_t n_used = table.get_used();
-
         // also when a merge throws: a cache that stays tight never shrinks again
         struct tight_scope {
             bool & is_tight;
@@ -154,32 +249,12 @@ bool kvmerge_engine::make_room(uint32_t n_tokens) {
 
         room.is_tight = true;
 
-        for (size_t s = 0; s < sequences.size(); ++s) {
-            const auto cells = sequence_cells(s);
-
-            if (cells.empty() || n_max <= n_tokens || check_merge(s, cells) != KVMERGE_OK) {
-                continue;
+        for (const bool of_idle : { true, false }) {
+            if (n_max <= n_tokens || table.get_used() + n_tokens <= n_max) {
+                break;
             }
 
-            // Its share of what may stay; less than that in every layer, lest the next tokens merge again.
-            const int32_t n_fit  = (int64_t) (n_max - n_tokens)*cells.size()/n_used;
-            const int32_t n_most = n_fit - std::min(n_fit/2, std::max<int32_t>(n_fit/8, MIN_STRETCH));
-
-            const bool    text_alone = params.select == KVMERGE_SELECT_MEDIA;
-            const int32_t n_text     = text_alone ? std::min(count_modalities(cells).n_text, n_most) : 0;
-
-            // where layers differ, the widest has n_most
-            int32_t n_target = n_most - (params.allocate == KVMERGE_ALLOCATE_UNIFORM ? 0 : (n_most - n_text)/8);
-            if (room.share > 0) {
-                n_target = std::min(n_target, n_text + (int32_t) std::ceil(room.share*(sequences[s].n_seen - n_text)));
-            }
-            n_target = std::max(n_target, std::min(params.n_sink + kvmerge_n_keep(params) + 1, n_most));
-
-            if (n_target < 1 || n_target >= (int32_t) cells.size()) {
-                continue;
-            }
-
-            const auto status = run(s, n_target, n_most);
+            const auto status = take_room(n_max - n_tokens, of_idle);
 
             if (status == KVMERGE_ERROR_CLEARED) {
                 is_refusing = true;

@@ -333,6 +333,14 @@ class Engine:
         """
         self._check(self._library.kvmerge_set_room(self._engine, cells, share, whole))
 
+    def set_idle(self, sequence: int, idle: bool) -> None:
+        """Say whether nobody waits for a sequence: merges that make room take from it first."""
+        self._check(self._library.kvmerge_set_idle(self._engine, sequence, idle))
+
+    def was_cleared(self, sequence: int = 0) -> bool:
+        """Return whether a merge that broke off cleared a sequence since this was last asked."""
+        return bool(self._library.kvmerge_was_cleared(self._engine, sequence))
+
     def set_planner(self, planner: Planner | None) -> None:
         """Let a function decide in every merge what is kept, and what goes into it.
 
