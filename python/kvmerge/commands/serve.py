@@ -21,6 +21,9 @@ CACHE_RAM = 512
 """MiB of host memory for copies of idle slots while merging is on: merged ones are small, and the
 8192 of llama-server are all that a laptop has."""
 
+PAGE = Path(__file__).resolve().parent.parent / "page"
+"""What a browser sees, unless `--path` names another folder."""
+
 _HELP = """\
 usage: kvmerge serve MODEL [--mmproj MMPROJ] [flags of llama-server]
 
@@ -124,6 +127,8 @@ def command_line(arguments: list[str]) -> tuple[list[str], str]:
     merging = settings(given)
     if merging and not _is_said(rest, "LLAMA_ARG_CACHE_RAM", "--cache-ram", "-cram"):
         merging += ["--cache-ram", str(CACHE_RAM)]
+    if not _is_said(rest, "LLAMA_ARG_STATIC_PATH", "--path"):
+        rest += ["--path", os.fspath(PAGE)]
     return [*rest, *merging], which
 
 

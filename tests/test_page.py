@@ -1,0 +1,140 @@
+"""The page of `kvmerge serve`, in a real browser.
+
+Needs Chromium and its driver (Debian: ``chromium chromium-driver``) and ``pip install selenium``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvmerge import pocket
+from serving import Server, is_built, serving
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = pytest.mark.skipif(
+    not (is_built() or os.environ.get("CI")), reason="built with KVMERGE_SERVER=OFF"
+)
+
+SECONDS = 120
+PROMPT = pocket.make_prompt(np.random.default_rng(90), 12, tasks=["letter_of"], n_questions=6)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--kv-merge", "auto", "--parallel", "2", "--temp", "0") as server:
+        yield server
+
+
+@pytest.fixture
+def browser(server: Server) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("chromium or chromedriver is missing")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        yield browser
+        assert not [
+            entry for entry in browser.get_log("browser") if entry["source"] == "javascript"
+        ]
+    finally:
+        browser.quit()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    files = [tmp_path / f"{i}.png" for i in range(len(PROMPT.pictures))]
+    for file, picture in zip(files, PROMPT.pictures, strict=True):
+        picture.image.save(file)
+    return [os.fspath(file) for file in files]
+
+
+def wait(browser: Any, what: Callable[[Any], Any]) -> Any:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, SECONDS, poll_frequency=0.1).until(what)
+
+
+def ask(browser: Any, text: str) -> str:
+    """Type a question, and return the answer that the page shows when it is done."""
+    n = len(browser.find_elements("css selector", ".assistant .words"))
+    browser.find_element("id", "text").send_keys(text)
+    browser.find_element("id", "send").click()
+
+    def done(_: Any) -> Any:
+        found = browser.find_elements("css selector", ".assistant .words[data-state=done]")
+        return found if len(found) > n else None
+
+    return str(wait(browser, done)[-1].text)
+
+
+def test_twelve_pictures_are_dropped_and_asked_about(
+    browser: Any, server: Server, pictures: list[str]
+) -> None:
+    browser.find_element("id", "files").send_keys("\n".join(pictures))
+    wait(browser, lambda b: len(b.find_elements("css selector", "#shown img")) == 12)
+    points = []
+    for question in PROMPT.questions[:4]:
+        said = ask(browser, question.text)
+        points.append(pocket.score(question.task, said.strip(), question.answer))
+    assert sum(points) >= 3, points
+    assert browser.find_elements("css selector", "#shown img") == []
+    assert len(browser.find_elements("css selector", ".user img")) == 12
+
+    # What the cache holds is what the server says.
+    held = server.held()
+    status = browser.find_element("id", "cache")
+    wait(browser, lambda _: status.get_attribute("data-cells") == str(held["cells"]))
+    assert f"{held['tokens']} tokens seen, {held['cells']} cells held" in status.text
+    assert held["cells"] < held["tokens"] - 0.7 * 12 * 64
+    assert float(status.get_attribute("data-saved")) > 1
+
+
+def test_an_answer_can_be_stopped_and_errors_are_said(browser: Any, pictures: list[str]) -> None:
+    browser.find_element("id", "files").send_keys("\n".join(pictures[:6] * 6))
+    wait(browser, lambda b: len(b.find_elements("css selector", "#shown img")) == 36)
+    browser.find_element("id", "text").send_keys("Which letters are there?")
+    send = browser.find_element("id", "send")
+    send.click()
+    wait(browser, lambda _: send.text == "Stop")
+    send.click()
+    wait(browser, lambda _: send.text == "Ask")
+    # It was not answered, and is there to be asked again.
+    assert len(browser.find_elements("css selector", "#shown img")) == 36
+    browser.find_element("id", "files").send_keys("\n".join(pictures * 3))
+    wait(browser, lambda b: len(b.find_elements("css selector", "#shown img")) == 72)
+    send.click()
+    errors = wait(browser, lambda b: b.find_elements("css selector", ".error .words"))
+    assert "context" in errors[0].text
+    browser.find_element("id", "new").click()
+    assert browser.find_elements("css selector", ".said") == []
+    assert ask(browser, PROMPT.questions[0].text)
+
+
+def test_a_file_that_is_no_picture(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "note.png").write_text("no picture")
+    browser.find_element("id", "files").send_keys(os.fspath(tmp_path / "note.png"))
+    errors = wait(browser, lambda b: b.find_elements("css selector", ".error .words"))
+    assert "note.png is not a picture" in errors[0].text
+
+
+def test_the_page_is_served_unless_another_is_named(server: Server, tmp_path: Path) -> None:
+    status, text = server.request("GET", "/")
+    assert status == 200
+    assert "<title>kvmerge</title>" in text
+    (tmp_path / "index.html").write_text("another")
+    with serving("--parallel", "1", "--path", os.fspath(tmp_path)) as other:
+        assert other.request("GET", "/") == (200, "another")
