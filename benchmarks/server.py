@@ -10,14 +10,24 @@ host's memory are off in both, so that the KV cache is what is compared.
 
     python benchmarks/server.py
     python benchmarks/server.py --clients 4 --pictures 12 --questions 10 --kv-max-cells 2048
+    python benchmarks/server.py --soak 2000
+    python benchmarks/server.py --stall 20
+
+With --soak so many requests with pictures of their own, of mixed sizes, are sent to each server;
+one in ten is cancelled.  After the warm-up, a quarter of them, RSS may differ by two percent, and
+handles and slots not at all.  With --stall one client's answer is streamed while another shows so
+many albums; printed are the longest pauses of that stream, and the longest merge.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import http.client
+import io
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -77,10 +87,10 @@ class Memory(threading.Thread):
 
 
 class Server:
-    """A server of `kvmerge serve`."""
+    """A server of `kvmerge serve`, and the file that it logs into."""
 
-    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
-        self.port, self.process = port, process
+    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.port, self.process, self.log = port, process, log
 
     def request(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3600)
@@ -101,14 +111,15 @@ def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]
     line += ["--mmproj", arguments.mmproj, "--port", str(port), "--parallel"]
     line += [str(arguments.clients), "--threads", str(arguments.threads), "--cache-ram", "0"]
     line += ["--ctx-size", str(arguments.ctx_size), "--kv-unified"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*line, *flags], stdout=log, stderr=subprocess.STDOUT)
-        server = Server(port, process)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen([*line, *flags], stdout=stream, stderr=subprocess.STDOUT)
+        server = Server(port, process, log)
         try:
             while True:
                 if process.poll() is not None:
-                    log.seek(0)
-                    sys.exit(f"the server did not start:\n{log.read().decode()[-2000:]}")
+                    sys.exit(f"the server did not start:\n{log.read_text()[-2000:]}")
                 try:
                     if server.request("GET", "/health").status == 200:
                         break
@@ -178,6 +189,120 @@ def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
     return result
 
 
+ALLOWED = 0.02
+"""By how much RSS may differ after the warm-up."""
+
+
+def picture(image: Any, size: int) -> dict[str, Any]:
+    """Return a part of a message."""
+    data = io.BytesIO()
+    image.resize((size, size)).save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def send(server: Server, seed: int) -> None:
+    """Send one request of the soak; one in ten is cancelled, half of them before any answer."""
+    rng = np.random.default_rng([7, seed])
+    prompt = pocket.make_prompt(rng, int(rng.integers(1, 5)), n_questions=1)
+    content: list[Any] = [picture(p.image, int(rng.integers(24, 200))) for p in prompt.pictures]
+    content.append({"type": "text", "text": prompt.questions[0].text})
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=3600)
+    headers = {"Content-Type": "application/json"}
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        if seed % 20 == 3:
+            return
+        response = connection.getresponse()
+        if response.status != 200:
+            sys.exit(f"request {seed}: {response.read().decode()}")
+        response.read(100 if seed % 20 == 13 else None)
+    finally:
+        connection.close()
+
+
+def soak(arguments: argparse.Namespace, flags: list[str], name: str) -> bool:
+    """Print RSS over the requests; return whether it and the rest stayed where they were."""
+    n, warm_up = arguments.soak, arguments.soak // 4
+    with serving(arguments, flags) as server:
+        process = psutil.Process(server.process.pid)
+        curve: list[float] = []
+        handles = 0
+        with ThreadPoolExecutor(arguments.clients) as pool:
+            for i, _ in enumerate(pool.map(lambda seed: send(server, seed), range(n))):
+                curve.append(process.memory_info().rss / MIB)
+                if i == warm_up:
+                    handles = process.num_fds()
+        for _ in range(600):  # those that were cancelled end when the server notices
+            slots = server.slots()
+            if not any(slot["is_processing"] for slot in slots):
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        left = process.num_fds() - handles
+        busy = sum(slot["is_processing"] for slot in slots)
+    window = max(n // 10, 1)
+    points = [statistics.median(curve[i : i + window]) for i in range(0, n, window)]
+    first = statistics.median(curve[warm_up : warm_up + window])
+    growth = points[-1] / first - 1
+    print(f"{name}: RSS {' '.join(f'{point:.0f}' for point in points)} MiB, median of each tenth")
+    print(
+        f"{name}: {100 * growth:+.1f} % after {warm_up} of {n} requests, {max(left, 0)} more "
+        f"handles (connections included), {busy} of {len(slots)} slots lost"
+    )
+    # One connection a client may have been open when handles were counted, and none is now.
+    return growth <= ALLOWED and left <= 0 and busy == 0
+
+
+def stall(arguments: argparse.Namespace, flags: list[str]) -> tuple[list[float], list[float]]:
+    """Return the pauses of a stream while another client shows albums, and the merges (ms)."""
+    pauses: list[float] = []
+    ended = threading.Event()
+
+    def read(server: Server) -> None:
+        last = time.perf_counter()
+        while not ended.is_set():
+            body = {"prompt": "red", "n_predict": 500, "stream": True, "ignore_eos": True}
+            for line in server.request("POST", "/completion", body):
+                if not line.startswith(b"data: {"):
+                    continue
+                now = time.perf_counter()
+                pauses.append(1000 * (now - last))
+                last = now
+                if ended.is_set():
+                    return
+            last = time.perf_counter()
+
+    with serving(arguments, flags) as server:
+        reader = threading.Thread(target=read, args=(server,))
+        reader.start()
+        time.sleep(2)
+        pauses.clear()
+        for seed in range(arguments.stall):
+            prompt = pocket.make_prompt(np.random.default_rng([8, seed]), arguments.pictures)
+            body = {"messages": prompt.messages(0), "max_tokens": 8, "temperature": 0}
+            server.request("POST", "/v1/chat/completions", body).read()
+        ended.set()
+        reader.join()
+        merges = re.findall(r"merged .* ([0-9.]+) ms", server.log.read_text(errors="replace"))
+    return sorted(pauses), sorted(map(float, merges))
+
+
+def print_stalls(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> None:
+    print(
+        f"{arguments.stall} albums of {arguments.pictures} pictures while an answer is streamed\n"
+    )
+    for name, flags in runs.items():
+        pauses, merges = stall(arguments, flags)
+        percentile = pauses[int(0.99 * len(pauses))]
+        print(
+            f"{name}: {len(pauses)} pauses, longest {pauses[-1]:.0f} ms, 99 % below "
+            f"{percentile:.0f} ms; {len(merges)} merges, longest "
+            f"{max(merges, default=0):.0f} ms, median {statistics.median(merges or [0]):.0f} ms"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=os.fspath(pocket.model_path()))
@@ -190,11 +315,21 @@ def main() -> None:
     parser.add_argument("--kv-merge", default="auto")
     parser.add_argument("--kv-budget", default="0.2")
     parser.add_argument("--kv-max-cells")
+    parser.add_argument("--soak", type=int, metavar="REQUESTS")
+    parser.add_argument("--stall", type=int, metavar="ALBUMS")
     arguments = parser.parse_args()
 
     flags = ["--kv-merge", arguments.kv_merge, "--kv-budget", arguments.kv_budget]
     if arguments.kv_max_cells:
         flags += ["--kv-max-cells", arguments.kv_max_cells]
+    both = {"as llama-server": [], "merging": flags}
+    if arguments.stall:
+        print_stalls(arguments, both)
+        return
+    if arguments.soak:
+        held = [soak(arguments, its, name) for name, its in both.items()]
+        # llama-server as it is stands beside it, and is not what is judged.
+        sys.exit(0 if held[-1] else 1)
     runs = {"as llama-server": measure(arguments, []), "merging": measure(arguments, flags)}
 
     print(
