@@ -36,6 +36,8 @@ class PromptReader:
 
     Attributes
     ----------
+    n_ctx : int
+        The most tokens that there may be.
     n_batch : int
         The most tokens that are read at once.
     meter : Meter or None
@@ -47,6 +49,7 @@ class PromptReader:
     def __init__(
         self, cache: KVCache, settings: Settings, turns: Turns, listener: Listener | None
     ) -> None:
+        self.n_ctx = 0
         self.n_batch = 1
         self.meter: Meter | None = None
         self.cached_tokens = 0
@@ -79,11 +82,7 @@ class PromptReader:
             one of a batch are computed.
         """
         self._context, self._batch, self._n_vocab, self._scores = context, batch, n_vocab, scores
-
-    @property
-    def n_ctx(self) -> int:
-        """The most tokens there may be."""
-        return len(self._cache.ids)
+        self.n_ctx = len(self._cache.ids)
 
     # Tokens.
 
@@ -112,7 +111,8 @@ class PromptReader:
     def _decode(self, batch: Sequence[int]) -> None:
         self._turns.check_open()
         cache, scores = self._cache, self._scores
-        n, position = cache.n_tokens, cache.next_position
+        n = cache.n_tokens
+        position = cache.position(n)
         self._batch.set_batch(batch=batch, n_past=position, logits_all=scores is not None)
         cache.has_logits = False
         try:

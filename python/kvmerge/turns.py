@@ -141,7 +141,7 @@ class Turns:
         """
         if self.is_closed or self.is_closing:
             raise ClosedError("this Llama is closed: make a new one")
-        if not self.is_of_this_process:
+        if self._process != os.getpid():
             raise ForkedError(
                 "this Llama was made before the process forked, and its threads are not in the "
                 "new process: make a new Llama there, or start processes with "
