@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvmerge import pocket
-from serving import Server, is_built, serving
+from serving import Answer, Server, is_built, serving
 
 COMPILER = shutil.which("cc")
 
@@ -51,19 +52,23 @@ class Steps:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steps]:
-    folder = tmp_path_factory.mktemp("steps")
-    library, file = folder / "fail_at.so", folder / "n"
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What lets steps fail."""
+    file = tmp_path_factory.mktemp("library") / "fail_at.so"
     source = Path(__file__).with_name("fail_at.c")
     assert COMPILER is not None
-    subprocess.run(
-        [COMPILER, "-shared", "-fPIC", os.fspath(source), "-o", os.fspath(library), "-ldl"],
-        check=True,
-    )
-    # All is kept until the cap is reached, and idle slots stay in the cache.
-    flags = ("--kv-merge", "auto", "--kv-budget", "1.0", "--kv-max-cells", "512")
+    line = [COMPILER, "-shared", "-fPIC", os.fspath(source), "-o", os.fspath(file), "-ldl"]
+    subprocess.run(line, check=True)
+    return file
+
+
+@contextmanager
+def failing(library: Path, folder: Path, *flags: str) -> Iterator[Steps]:
+    """Start a server whose steps can fail; idle slots stay in its cache."""
+    file = folder / "n"
     with serving(
-        *(*flags, "--parallel", "2", "--cache-ram", "0", "--slot-save-path", f"{folder}{os.sep}"),
+        *("--kv-merge", "auto", "--cache-ram", "0", "--slot-save-path", f"{folder}{os.sep}"),
+        *flags,
         LD_PRELOAD=os.fspath(library),
         KVMERGE_TEST_FAIL_AT=os.fspath(file),
     ) as server:
@@ -74,6 +79,14 @@ def album(seed: int) -> pocket.Prompt:
     return pocket.make_prompt(
         np.random.default_rng(seed), 5, tasks=["letter_of"], n_questions=2, distractor_tokens=0
     )
+
+
+@pytest.fixture
+def steps(library: Path, tmp_path: Path) -> Iterator[Steps]:
+    # All is kept until the cap is reached.
+    flags = ("--kv-budget", "1.0", "--kv-max-cells", "512", "--parallel", "2")
+    with failing(library, tmp_path, *flags) as steps:
+        yield steps
 
 
 def test_no_slot_goes_on_from_cells_that_are_gone(steps: Steps) -> None:
@@ -119,3 +132,34 @@ def test_no_slot_goes_on_from_cells_that_are_gone(steps: Steps) -> None:
         outcomes.add(outcome)
     assert any("idle gone" in outcome for outcome in outcomes), outcomes
     assert outcomes <= {"500", "500 idle gone", "500 busy gone", "200"}, outcomes
+
+
+def test_a_prompts_merge_that_breaks_off(library: Path, tmp_path: Path) -> None:
+    """It is an error of that request, or the prompt stays as it is; the next one is answered."""
+    prompt = album(62)
+    with failing(library, tmp_path, "--kv-budget", "0.2", "--parallel", "1") as steps:
+        server = steps.server
+
+        def chat() -> Answer:
+            assert server.post("/slots/0?action=erase", {}).status == 200
+            return server.chat(prompt.messages(0))
+
+        expected = chat().text
+        steps.fail_at(0)
+        assert chat().text == expected
+        n_steps = steps.fail_at(0)
+        merges = server.get("/props")["kv_merge"]["merges"]
+        assert merges == 2
+        outcomes = set()
+        for n in range(max(1, n_steps - 24), n_steps + 1, 4):
+            steps.fail_at(n)
+            answer = chat()
+            steps.fail_at(0)
+            outcomes.add(answer.status)
+            if answer.status != 200:
+                assert answer.status == 500
+                assert "merging the KV cache failed" in answer["error"]["message"]
+                assert server.held()["tokens"] == 0
+            again = chat()
+            assert (again.status, again.text) == (200, expected)
+        assert 500 in outcomes
