@@ -129,7 +129,12 @@ def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]
             yield server
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                # Its handler may wait for a lock that the interrupted thread holds.
+                process.terminate()
+                process.wait()
 
 
 def converse(server: Server, prompt: pocket.Prompt, n: int, result: Result) -> None:

@@ -146,8 +146,21 @@ def serving(*flags: str, line: list[str] | None = None, **environment: str) -> I
             yield server
             assert process.poll() is None, server.log[-4000:]
         finally:
-            process.terminate()
-            process.wait(60)
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server.
+
+    Its handler of the signal takes a lock, which the thread that it interrupts may hold: then it
+    waits for ever, and the second signal ends it at once.
+    """
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait(60)
 
 
 def refusal(*flags: str, model: Path | None = None) -> str:
