@@ -220,6 +220,7 @@ def test_save_and_restore(model: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs LD_PRELOAD")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="its allocator comes first")
 def test_small_allocations(model: Path, tmp_path: Path) -> None:
     """Some of the thousands of allocations of a merge, in a process of its own."""
     folder, library = Path(__file__).parent, tmp_path / "failing_new.so"

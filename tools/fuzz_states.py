@@ -450,6 +450,9 @@ def main() -> None:
     parser.add_argument("--no-build", action="store_true", help="the libraries are there already")
     parser.add_argument("--libraries", type=Path, help="other libraries than those of --build")
     parser.add_argument("--plain", action="store_true", help="libraries without sanitizers")
+    parser.add_argument(
+        "--pytest", nargs="+", metavar="ARGUMENT", help="run tests with the sanitizers instead"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--span", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -467,6 +470,9 @@ def main() -> None:
     if not is_built:
         libraries = build(args.build, args.jobs)
     variables = environment(libraries.resolve(), not args.plain)
+    if args.pytest:
+        command = [sys.executable, "-m", "pytest", *args.pytest]
+        sys.exit(subprocess.run(command, env=variables, cwd=ROOT).returncode)
     kinds = [args.kind] if args.kind else list(TARGETS)
     total: Counter[str] = Counter()
     with ExitStack() as stack:

@@ -18,28 +18,28 @@
 #include <limits>
 
 // the part of a context's memory that grows with every token and can be merged
-static llama_kv_cache * find_cache(llama_memory_i * memory) {
-    if (auto * cur = dynamic_cast<llama_kv_cache *>(memory)) {
+static kvmerge_cache * find_cache(llama_memory_i * memory) {
+    if (auto * cur = dynamic_cast<kvmerge_cache *>(memory)) {
         return cur;
     }
     if (auto * cur = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        return cur->get_base();
+        return dynamic_cast<kvmerge_cache *>(cur->get_base());
     }
     if (dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
         return nullptr; // an index beside the keys, of cells that would no longer be the same, chooses what is attended to
     }
     if (auto * cur = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        return cur->get_mem_attn();
+        return dynamic_cast<kvmerge_cache *>(cur->get_mem_attn());
     }
     if (auto * cur = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        return cur->get_mem_attn()->get_base();
+        return dynamic_cast<kvmerge_cache *>(cur->get_mem_attn()->get_base());
     }
 
     return nullptr;
 }
 
 static kvmerge_engine * find_engine(llama_memory_i * memory) {
-    const llama_kv_cache * cache = find_cache(memory);
+    const kvmerge_cache * cache = find_cache(memory);
 
     return cache ? cache->get_merge() : nullptr;
 }
@@ -56,7 +56,7 @@ bool kvmerge_may_remove(llama_memory_i * memory, llama_seq_id seq_id, llama_pos 
     return !engine || engine->may_remove(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
 }
 
-kvmerge_engine::kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max) :
+kvmerge_engine::kvmerge_engine(kvmerge_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max) :
     cache(cache), lctx(lctx), params(params), observer(params.n_window, params.n_flow_rows, n_seq_max),
     v_trans(cache.v_trans), tokens(cache.get_size()), is_merged(cache.get_size()), sequences(n_seq_max),
     is_idle(n_seq_max), was_cleared(n_seq_max) {
@@ -70,13 +70,13 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
         return status;
     }
 
-    llama_kv_cache * cache = find_cache(lctx->get_memory());
+    kvmerge_cache * cache = find_cache(lctx->get_memory());
 
     if (!cache) {
         return kvmerge_error(KVMERGE_ERROR_UNSUPPORTED,
                 "this model's memory is not a KV cache with keys and values (recurrent, MLA, sparse or encoder-only models cannot be merged)");
     }
-    if (cache->merge && cache->merge->is_attached) {
+    if (cache->engine && cache->engine->is_attached) {
         return kvmerge_error(KVMERGE_ERROR_STATE, "an engine is attached to this context already");
     }
     if (cache->layers.empty()) {
@@ -97,7 +97,7 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
 
     try {
         // one that was detached may have left layers without their first cells
-        if (cache->merge && !cache->merge->store_all()) {
+        if (cache->engine && !cache->engine->store_all()) {
             return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory for the cells of all layers");
         }
 
@@ -107,18 +107,18 @@ kvmerge_status kvmerge_engine::attach(llama_context * lctx, const kvmerge_params
             return status;
         }
 
-        if (cache->merge) {
+        if (cache->engine) {
             // of one that was detached: K and V stay where they are
-            engine->has_own_bufs = cache->merge->has_own_bufs;
-            engine->pages        = std::move(cache->merge->pages);
+            engine->has_own_bufs = cache->engine->has_own_bufs;
+            engine->pages        = std::move(cache->engine->pages);
         }
 
-        cache->merge = engine;
+        cache->engine = engine;
     } catch (const std::bad_alloc &) {
         return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory for the engine");
     }
 
-    *out = cache->merge.get();
+    *out = cache->engine.get();
 
     // the graphs are larger with an engine: the context makes room at the next decode
     lctx->sched_reserve_later();

@@ -88,30 +88,6 @@ ggml_tensor * kvmerge_last(ggml_context * ctx, ggml_tensor * t, int dim, int64_t
     return ggml_view_4d(ctx, t, ne[0], ne[1], ne[2], ne[3], t->nb[1], t->nb[2], t->nb[3], (t->ne[dim] - n)*t->nb[dim]);
 }
 
-uint32_t kvmerge_n_low(const kvmerge_engine * engine) {
-    return engine ? engine->n_low : 0;
-}
-
-bool kvmerge_can_use(const kvmerge_engine * engine, uint32_t idx) {
-    return !engine || (idx >= engine->n_low && !engine->is_refusing);
-}
-
-ggml_tensor * kvmerge_store(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs) {
-    if (kvmerge_n_low(engine) > 0) {
-        cache = kvmerge_last(ctx, cache, 1, engine->cache.get_size() - engine->n_low);
-    }
-
-    return ggml_set_rows(ctx, cache, cur, idxs);
-}
-
-// memory is [n_rows, n_embd], of another length in every layer: the same indices for each channel
-ggml_tensor * kvmerge_store_trans(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs) {
-    cache = ggml_reshape_3d(ctx, cache, 1, cache->ne[1], cache->ne[0]);                  // [1, n_rows, n_embd]
-    cur   = ggml_view_3d(ctx, cur, 1, cur->ne[1], cur->ne[0], cur->nb[1], cur->nb[0], 0); // [1, n_tokens, n_embd]
-
-    return kvmerge_store(ctx, engine, cache, cur, idxs);
-}
-
 ggml_tensor * kvmerge_build_mask_per_head(ggml_context * ctx, const kvmerge_layer & layer, ggml_tensor * kq_mask) {
     const int64_t n_kv    = kq_mask->ne[0];
     const int64_t n_group = layer.n_head/layer.n_head_kv;

@@ -22,14 +22,6 @@ ggml_tensor * kvmerge_build_attn(
                         float     kq_scale,
                           int     il);
 
-// Keys or values of new tokens go into the cache. Not all layers may store the first cells, so the indices count from the
-// first cell that all of them store, kvmerge_n_low() (0 without an engine): they are the same for all layers.
-uint32_t      kvmerge_n_low      (const kvmerge_engine * engine);
-// whether a token may come into a cell that is free
-bool          kvmerge_can_use    (const kvmerge_engine * engine, uint32_t idx);
-ggml_tensor * kvmerge_store      (ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs);
-ggml_tensor * kvmerge_store_trans(ggml_context * ctx, const kvmerge_engine * engine, ggml_tensor * cache, ggml_tensor * cur, ggml_tensor * idxs);
-
 // the last n along a dimension: of the cells, those that a layer stores
 ggml_tensor * kvmerge_last(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n);
 

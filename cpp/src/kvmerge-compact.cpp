@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 // What the cells of a layer and head hold then, [n_after]. A layer that keeps fewer cells than the others keeps them at the
@@ -133,6 +134,8 @@ void kvmerge_engine::compaction::prepare_table(llama_seq_id seq_id, const std::v
 }
 
 void kvmerge_engine::compaction::commit() noexcept {
+    static_assert(std::is_nothrow_move_assignable_v<llama_kv_cells>);
+
     engine.cache.v_cells[0] = std::move(table);
     engine.cache.v_heads[0] = engine.cache.v_cells[0].used_max_p1();
 

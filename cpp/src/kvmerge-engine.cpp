@@ -38,7 +38,7 @@ uint32_t kvmerge_engine::n_nodes(uint32_t n_tokens) const {
     uint32_t res = 0;
 
     for (const auto & layer : layers) {
-        res += 24 + n_attn*layer.n_head_kv; // observing, views of what is stored, and one attention per KV head
+        res += 32 + n_attn*layer.n_head_kv; // observing, views of what is stored, and one attention per KV head
 
         if (layer.sum) {
             res += 64*(1 + n_tokens/KVMERGE_SUM_ROWS);

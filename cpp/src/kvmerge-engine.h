@@ -3,7 +3,7 @@
 // The engine: the state of merging for one KV cache. Its functions are in the file of their concept; what says so below names
 // it.
 //
-// llama_kv_cache holds it and calls on_...() where its own state changes; nothing else of llama.cpp knows of it.
+// kvmerge_cache holds it and calls on_...() where its own state changes; llama_context asks it for what its graphs take.
 
 #include "kvmerge-graph.h"
 #include "kvmerge-observe.h"
@@ -20,7 +20,7 @@
 #include <memory>
 #include <vector>
 
-class  llama_kv_cache;
+class  kvmerge_cache;
 class  llama_io_read_i;
 class  llama_io_write_i;
 struct llama_context;
@@ -90,7 +90,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     bool measures_flow() const;
 
     //
-    // called by llama_kv_cache
+    // called by kvmerge_cache
     //
 
     // kvmerge-sequences.cpp
@@ -115,13 +115,22 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     // The stream without K and V of the cells that a layer does not store. What is written with the one has to be read
     // with the other.
-    std::unique_ptr<llama_io_write_i> stored_only(llama_io_write_i & io, llama_seq_id seq_id) const;
-    std::unique_ptr<llama_io_read_i>  stored_only(llama_io_read_i  & io);
+    std::unique_ptr<llama_io_write_i> stored_only(llama_io_write_i & io, const std::vector<uint32_t> & cells) const;
+    std::unique_ptr<llama_io_read_i>  stored_only(llama_io_read_i  & io, uint32_t n_cells);
+
+    // cells of a sequence, or of all (-1), in the order in which llama_kv_cache writes them
+    std::vector<uint32_t> saved_cells(llama_seq_id seq_id) const;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
 
     // cells: where the saved cells were placed, in the order in which they were written; throws like llama_kv_cache
     void state_read(llama_io_read_i & io, llama_seq_id seq_id, const std::vector<uint32_t> & cells);
+
+    // all layers store all cells; false: there is no memory for them
+    bool store_all() { return resize(is_merged.size(), std::vector<uint32_t>(layers.size())); }
+
+    // no more cells than are needed
+    void shrink() noexcept;
 
     // bytes of K, V, bias and sums as they are allocated
     int64_t bytes() const;
@@ -160,7 +169,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     static constexpr int32_t MAX_RECENT = 64;
 
-    llama_kv_cache & cache;
+    kvmerge_cache & cache;
     llama_context  * lctx;
 
     kvmerge_params   params;
@@ -195,7 +204,7 @@ private:
     struct resizing;    // kvmerge-resize.cpp
     struct saved_state; // kvmerge-state.cpp
 
-    kvmerge_engine(llama_kv_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max);
+    kvmerge_engine(kvmerge_cache & cache, llama_context * lctx, const kvmerge_params & params, int32_t n_seq_max);
 
     kvmerge_status init_layers();
 
@@ -278,9 +287,6 @@ private:
     // so many cells, where the cache may grow that far and there is memory for them
     void make_cells(uint64_t n_cells);
 
-    // no more cells than are needed
-    void shrink() noexcept;
-
     // for every layer, from which cell on there is something in it
     std::vector<uint32_t> first_cells() const;
 
@@ -293,9 +299,6 @@ private:
 
     // The tensors of all layers by those that were prepared, or as they were. false: there is no memory for one of them.
     bool replace_tensors(resizing & next, const std::vector<uint32_t> & first);
-
-    // all layers store all cells
-    bool store_all() { return resize(is_merged.size(), std::vector<uint32_t>(layers.size())); }
 
     // K and V of all layers in turn; trans: memory holds one row a channel, over all cells
     ggml_tensor *& cache_tensor(size_t i);
@@ -332,8 +335,6 @@ private:
     // kvmerge-stored.cpp, kvmerge-state.cpp: saved states
     //
 
-    // cells of a sequence, or of all, in the order in which llama_kv_cache writes them
-    std::vector<uint32_t> saved_cells(llama_seq_id seq_id) const;
     uint32_t              count_unheld(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) const;
     std::vector<int32_t>  saved_slots(llama_seq_id seq_id) const; // of the observed queries
 

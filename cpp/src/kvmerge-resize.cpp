@@ -256,6 +256,9 @@ void kvmerge_engine::attach_tensors() {
     for (size_t l = 0; l < layers.size(); ++l) {
         auto & kv = cache.layers[l];
 
+        // these are all that there is of a layer
+        [[maybe_unused]] auto & [il, k, v, k_stream, v_stream] = kv;
+
         // with one stream the views of llama.cpp are the tensors
         kv.k_stream = { kv.k };
         kv.v_stream = { kv.v };

@@ -8,16 +8,19 @@
 
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
 static constexpr uint32_t STATE_VERSION = 8;
 
 // llama_kv_cache writes and reads K and V of a layer in runs of cells; where V lies transposed, once for every channel. Of
-// each pass over the cells the first ones are left out.
+// each pass over the cells the first ones are left out. That every pass goes over all cells, in whole ones, is checked: a
+// release of llama.cpp in which it does not must not save what cannot be read.
 class stored_runs {
 public:
-    stored_runs(const kvmerge_engine & engine, std::vector<uint32_t> n_out) : engine(engine), n_out(std::move(n_out)) {}
+    stored_runs(const kvmerge_engine & engine, std::vector<uint32_t> n_out, size_t n_cells) :
+        engine(engine), n_out(std::move(n_out)), n_cells(n_cells) {}
 
     // offset and size of a run become those of the part that is stored
     void clip(const ggml_tensor * tensor, size_t & offset, size_t & size) {
@@ -36,8 +39,11 @@ public:
             const size_t channel = trans ? offset/unit/kv_size : 0;
 
             if (tensor->data != pass.data || channel != pass.channel) {
-                pass = { tensor->data, channel, n_out[l] };
+                check(pass.n_to_come == 0);
+                pass = { tensor->data, channel, n_out[l], n_cells };
             }
+            check(size % unit == 0 && size/unit <= pass.n_to_come);
+            pass.n_to_come -= size/unit;
 
             const size_t n = std::min(pass.n_left, size/unit);
 
@@ -50,14 +56,22 @@ public:
     }
 
 private:
+    static void check(bool is_known) {
+        if (!is_known) {
+            throw std::runtime_error("llama.cpp goes over the keys and values of a state in an order that is not known here");
+        }
+    }
+
     const kvmerge_engine & engine;
 
-    std::vector<uint32_t> n_out; // [layer]
+    const std::vector<uint32_t> n_out; // [layer]
+    const size_t                n_cells;
 
     struct {
-        const void * data    = nullptr;
-        size_t       channel = 0;
-        size_t       n_left  = 0; // to be left out
+        const void * data      = nullptr;
+        size_t       channel   = 0;
+        size_t       n_left    = 0; // to be left out
+        size_t       n_to_come = 0;
     } pass;
 };
 
@@ -128,10 +142,8 @@ uint32_t kvmerge_engine::count_unheld(const kvmerge_layer & layer, const std::ve
     return it - cells.begin();
 }
 
-std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i & io, llama_seq_id seq_id) const {
+std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i & io, const std::vector<uint32_t> & cells) const {
     kvmerge_may_fail();
-
-    const auto cells = saved_cells(seq_id);
 
     kvmerge_write(io, STATE_MAGIC);
     kvmerge_write(io, STATE_VERSION);
@@ -143,10 +155,10 @@ std::unique_ptr<llama_io_write_i> kvmerge_engine::stored_only(llama_io_write_i &
         kvmerge_write(io, n_out.back());
     }
 
-    return std::make_unique<stored_write>(io, stored_runs(*this, std::move(n_out)));
+    return std::make_unique<stored_write>(io, stored_runs(*this, std::move(n_out), cells.size()));
 }
 
-std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io) {
+std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & io, uint32_t n_cells) {
     kvmerge_may_fail();
 
     if (kvmerge_read<uint32_t>(io) != STATE_MAGIC) {
@@ -164,5 +176,5 @@ std::unique_ptr<llama_io_read_i> kvmerge_engine::stored_only(llama_io_read_i & i
         n = kvmerge_read<uint32_t>(io);
     }
 
-    return std::make_unique<stored_read>(io, stored_runs(*this, n_left_out));
+    return std::make_unique<stored_read>(io, stored_runs(*this, n_left_out, n_cells));
 }

@@ -1,4 +1,4 @@
-#include "kvmerge-state.h"
+#include "kvmerge-table.h"
 
 #include "kvmerge-stream.h"
 

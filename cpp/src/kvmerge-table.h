@@ -1,7 +1,6 @@
 #pragma once
 
-// What llama_kv_cache reads of its table of cells in a saved state. The rest of saving and restoring is in
-// kvmerge-state.cpp.
+// What llama_kv_cache reads of its table of cells in a saved state.
 
 #include "llama-io.h"
 #include "llama.h"
