@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument("--libraries", type=Path, help="other libraries than those of --build")
     parser.add_argument("--plain", action="store_true", help="libraries without sanitizers")
     parser.add_argument(
-        "--pytest", nargs="+", metavar="ARGUMENT", help="run tests with the sanitizers instead"
+        "--pytest", nargs=argparse.REMAINDER, help="run tests with the sanitizers; all that follows"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--span", help=argparse.SUPPRESS)
