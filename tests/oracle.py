@@ -276,12 +276,21 @@ def media(
     target[text] = text
     pictures = [np.flatnonzero((modality > 0) & (segment == s)) for s in np.unique(segment)]
     pictures = [picture for picture in pictures if len(picture)]
-    floors = [p["floor"]] * len(pictures)
-    counts = share([len(picture) for picture in pictures], floors, budget - len(text))
-    for picture, count in zip(pictures, counts, strict=True):
-        if count:
-            for i, seed in k_center(k, score, picture.tolist(), count).items():
-                target[i] = seed
+    seeds = [[picture[np.argmax(score[picture])]] for picture in pictures]
+    assert p["floor"] == 1, "written for the default"
+
+    def farthest(picture: Index, seeds: list[int]) -> tuple[float, int]:
+        distance = ((k[picture][:, None] - k[seeds][None]) ** 2).sum(axis=-1).min(axis=1)
+        return float(distance.max()), int(picture[np.argmax(distance)])
+
+    for _ in range(budget - len(text) - len(pictures)):
+        found = [farthest(*each) for each in zip(pictures, seeds, strict=True)]
+        best = int(np.argmax([radius for radius, _ in found]))
+        seeds[best].append(found[best][1])
+    for picture, chosen in zip(pictures, seeds, strict=True):
+        distance = ((k[picture][:, None] - k[chosen][None]) ** 2).sum(axis=-1)
+        target[picture] = np.array(chosen)[distance.argmin(axis=1)]
+        target[chosen] = chosen
     return target
 
 

@@ -30,9 +30,9 @@ struct mosaic_block {
 };
 
 struct mosaic_job {
-    kvmerge_plan * plan;
-    mosaic_block   block;
-    int64_t        first; // row of its first member among the keys of all jobs
+    kvmerge_plan            * plan;
+    std::vector<mosaic_block> blocks;
+    int64_t                   first; // row of its first member among the keys of all jobs
 };
 
 } // namespace
@@ -151,46 +151,109 @@ KVMERGE_INLINE void columns_from(const float * columns, const float * key, int64
 KVMERGE_FOR_EACH_WIDTH(distances, columns_from,
         (const float * columns, const float * key, int64_t n, int64_t d, float * distance), (columns, key, n, d, distance))
 
-// farthest-point seeds, starting from the highest score; then every member goes to its nearest seed
-//   keys  [n][d] of the n members
-static void make_groups(kvmerge_plan & plan, const mosaic_block & block, const float * keys, int64_t d) {
-    const int32_t n        = block.member.size();
-    const int32_t n_padded = (n + N_COLUMNS - 1)/N_COLUMNS*N_COLUMNS;
+namespace {
 
-    kvmerge_aligned_floats columns(n_padded*d); // [n_padded/N_COLUMNS][d][N_COLUMNS]
-    for (int32_t i = 0; i < n; ++i) {
-        for (int64_t e = 0; e < d; ++e) {
-            columns.data()[(i/N_COLUMNS*d + e)*N_COLUMNS + i % N_COLUMNS] = keys[i*d + e];
+// Groups of a block: farthest-point seeds, starting from the highest score; every member belongs to its nearest seed. What
+// stands for many tokens counts as so many: squared distances are times its mass, so that what was merged before is not
+// averaged again and again before anything new is.
+class mosaic_groups {
+public:
+    //   keys  [n][d] of the n members
+    mosaic_groups(const kvmerge_plan & plan, const mosaic_block & block, const float * keys, int64_t d) :
+            member(block.member), keys(keys), d(d), mass(block.member.size()), columns(padded(block.member.size())*d),
+            nearest(block.member.size(), std::numeric_limits<float>::infinity()), distance(padded(block.member.size())),
+            seed_of(block.member.size()) {
+        for (size_t i = 0; i < member.size(); ++i) { // [n_padded/N_COLUMNS][d][N_COLUMNS]
+            for (int64_t e = 0; e < d; ++e) {
+                columns.data()[(i/N_COLUMNS*d + e)*N_COLUMNS + i % N_COLUMNS] = keys[i*d + e];
+            }
+            if (plan.score[member[i]] > plan.score[member[seed]]) {
+                seed = i;
+            }
+            mass[i] = plan.cells[member[i]].mass;
         }
     }
 
-    std::vector<float>   nearest (n, std::numeric_limits<float>::infinity());
-    std::vector<float>   distance(n_padded);
-    std::vector<int32_t> seed_of (n);
-
-    int32_t seed = 0;
-    for (int32_t i = 1; i < n; ++i) {
-        if (plan.score[block.member[i]] > plan.score[block.member[seed]]) {
-            seed = i;
-        }
-    }
-
-    for (int32_t g = 0; g < block.n_groups; ++g) {
-        distances(columns.data(), keys + seed*d, n, d, distance.data());
+    // one more seed: the member that is farthest from its own one
+    void grow() {
+        distances(columns.data(), keys + seed*d, member.size(), d, distance.data());
         distance[seed] = -1.0f;
 
-        for (int32_t i = 0; i < n; ++i) {
+        for (size_t i = 0; i < member.size(); ++i) {
             if (distance[i] < nearest[i]) {
                 nearest[i] = distance[i];
                 seed_of[i] = seed;
             }
         }
 
-        seed = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
+        seed = 0;
+        for (size_t i = 1; i < member.size(); ++i) {
+            if (nearest[i]*mass[i] > nearest[seed]*mass[seed]) {
+                seed = i;
+            }
+        }
     }
 
-    for (int32_t i = 0; i < n; ++i) {
-        plan.fold(block.member[i], block.member[seed_of[i]]);
+    // squared distance times mass of the member that is farthest from its seed: infinite without seeds, negative when all
+    // members are seeds
+    float radius() const {
+        return nearest[seed]*mass[seed];
+    }
+
+    void fold(kvmerge_plan & plan) const {
+        for (size_t i = 0; i < member.size(); ++i) {
+            plan.fold(member[i], member[seed_of[i]]);
+        }
+    }
+
+private:
+    static int64_t padded(int64_t n) {
+        return (n + N_COLUMNS - 1)/N_COLUMNS*N_COLUMNS;
+    }
+
+    const std::vector<int32_t> & member;
+    const float                * keys;
+    const int64_t                d;
+
+    std::vector<float>     mass;
+    kvmerge_aligned_floats columns;
+    std::vector<float>     nearest;
+    std::vector<float>     distance;
+    std::vector<int32_t>   seed_of;
+
+    size_t seed = 0; // the next one
+};
+
+} // namespace
+
+// As many groups as the blocks have been given. Those of several blocks are shared out as the content wants it: the next
+// one goes where a member is farthest from its seed, so that what is averaged is about equally alike everywhere.
+//   keys  of the members of all blocks, one block after the other
+static void make_groups(kvmerge_plan & plan, const std::vector<mosaic_block> & blocks, const float * keys, int64_t d) {
+    std::vector<mosaic_groups> groups;
+
+    int32_t n_left = 0;
+
+    for (const auto & block : blocks) {
+        groups.emplace_back(plan, block, keys, d);
+        keys   += block.member.size()*d;
+        n_left += block.n_groups;
+
+        // the floor first, which may be none where a block is the rest of a picture
+        for (int32_t g = 0; g < std::min(blocks.size() > 1 ? block.n_floor : block.n_groups, block.n_groups); ++g) {
+            groups.back().grow();
+            n_left--;
+        }
+    }
+
+    const auto by_radius = [](const mosaic_groups & a, const mosaic_groups & b) { return a.radius() < b.radius(); };
+
+    for (; n_left > 0; --n_left) {
+        std::max_element(groups.begin(), groups.end(), by_radius)->grow();
+    }
+
+    for (const auto & group : groups) {
+        group.fold(plan);
     }
 }
 
@@ -286,13 +349,34 @@ bool kvmerge_mosaic_layer(
         const int64_t d = layer.n_embd_head_k;
 
         const bool ok = kvmerge_parallel(graph, kvmerge_build_key_rows(graph, layer, rows), jobs.size(), [&](int i, const float * keys) {
-            make_groups(*jobs[i].plan, jobs[i].block, keys + jobs[i].first*d, d);
+            make_groups(*jobs[i].plan, jobs[i].blocks, keys + jobs[i].first*d, d);
         });
 
         jobs.clear();
         rows.clear();
 
         return ok;
+    };
+
+    // blocks of one head, whose groups are shared out among them
+    const auto add = [&](int32_t h, std::vector<mosaic_block> blocks) {
+        int64_t n_members = 0;
+        for (const auto & block : blocks) {
+            n_members += block.member.size();
+        }
+        if ((int64_t) (rows.size() + n_members)*layer.n_embd_head_k > MAX_ELEMENTS && !group()) {
+            return false;
+        }
+
+        const int64_t first = rows.size();
+        for (const auto & block : blocks) {
+            for (int32_t m : block.member) {
+                rows.push_back(kvmerge_key_row(layer, cells[m], h));
+            }
+        }
+        jobs.push_back({ &plans[h], std::move(blocks), first });
+
+        return true;
     };
 
     for (int32_t h = 0; h < layer.n_head_kv; ++h) {
@@ -331,19 +415,20 @@ bool kvmerge_mosaic_layer(
         share_cells(plan, text,  n_text - n_text_pivots);
 
         for (auto * blocks : { &text, &media }) {
-            for (auto & block : *blocks) {
-                if (block.n_groups == 0 || block.member.empty()) {
-                    continue;
-                }
-                if ((int64_t) (rows.size() + block.member.size())*layer.n_embd_head_k > MAX_ELEMENTS && !group()) {
+            blocks->erase(std::remove_if(blocks->begin(), blocks->end(), [](const mosaic_block & block) {
+                return block.n_groups == 0 || block.member.empty();
+            }), blocks->end());
+
+            if (blocks == &media && text_alone && !media.empty()) {
+                if (!add(h, std::move(media))) {
                     return false;
                 }
-
-                const int64_t first = rows.size();
-                for (int32_t m : block.member) {
-                    rows.push_back(kvmerge_key_row(layer, cells[m], h));
+                continue;
+            }
+            for (auto & block : *blocks) {
+                if (!add(h, { std::move(block) })) {
+                    return false;
                 }
-                jobs.push_back({ &plan, std::move(block), first });
             }
         }
     }
