@@ -151,6 +151,14 @@ def _methods() -> Iterator[Method]:
         },
     )
     yield from _ablations(
+        "auto",
+        {
+            "evict": ("same selection, merging off", {"match": "none", "bias": "none"}),
+            "uniform": ("all layers keep the same", {"allocate": "uniform"}),
+            "members=2": ("a cell takes up two tokens", {"members": 2}),
+        },
+    )
+    yield from _ablations(
         "mosaic",
         {
             "evict": ("same selection, merging off", {"match": "none", "bias": "none"}),

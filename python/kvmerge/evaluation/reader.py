@@ -17,7 +17,7 @@ from ..chat.messages import check_messages
 from ..errors import KVMergeError
 from ..llama import Llama
 from ..media.part import find_media
-from ..policies import Policy
+from ..policies import Auto, Policy
 from ..prompt import Prompt, Segment
 from .methods import FLOW_ROWS, WINDOW, Method
 from .samples import Asked, Passage
@@ -124,8 +124,11 @@ class Reader:
 
     # Merging and answering.
 
-    def merge(self, method: Method, budget: float) -> bool:
+    def merge(self, method: Method, budget: float, *, of_pictures: bool = False) -> bool:
         """Merge what was read down to a fraction of its tokens; False if that is all of it.
+
+        With `of_pictures` every method gets as many cells as all text and that fraction of the
+        pictures take, and does with them what it likes.
 
         A model without a vision part shrinks its text, also with a policy that would leave text
         alone: as a cap makes it do.
@@ -136,7 +139,8 @@ class Reader:
         assert llama.engine is not None
         media = sum(span.end - span.start for span in llama.media_spans)
         if self._sees:
-            cells = policy.kept_cells(
+            counting = Auto() if of_pictures else policy
+            cells = counting.kept_cells(
                 Budget(budget), llama.n_tokens - media, media, len(llama.media_spans)
             )
         else:

@@ -34,6 +34,9 @@ class Plan:
         When merged: of `samples.MODES`.
     merge_before : int
         How many of the last tokens are read after the merge when the question is known.
+    of_pictures : bool
+        Whether a budget is a fraction of the pictures' tokens for every method, beside as many
+        cells as there is text.
     """
 
     samples: tuple[Sample, ...]
@@ -41,6 +44,7 @@ class Plan:
     budgets: tuple[float, ...]
     modes: tuple[str, ...]
     merge_before: int
+    of_pictures: bool = False
 
     @property
     def cache_types(self) -> tuple[str, ...]:
@@ -84,6 +88,7 @@ class Work:
     sample: Sample
     mode: str
     merge_before: int
+    of_pictures: bool
     rows: dict[str, list[tuple[Method, float]]]
 
     @property
@@ -150,7 +155,7 @@ def _missing(plan: Plan, record: Record, cache_type: str) -> list[Work]:
                     for method, budget in plan.rows(cache_type)
                     if (method.name, budget, *where) not in record.done
                 ]
-            works.append(Work(sample, mode, plan.merge_before, missing))
+            works.append(Work(sample, mode, plan.merge_before, plan.of_pictures, missing))
     return [work for work in works if work.n_answers]
 
 
@@ -221,7 +226,7 @@ def answer(reader: Reader, work: Work) -> Iterator[list[Answer]]:
             answers = []
             for method, budget in work.rows[ask.task]:
                 reader.restore(question)
-                reader.merge(method, budget)
+                reader.merge(method, budget, of_pictures=work.of_pictures)
                 reader.read(prompt, end, len(prompt.tokens))
                 cells, held = reader.held()
                 said = reader.generate(ask.max_tokens)
