@@ -1,15 +1,18 @@
 """Fewer tokens of a picture: time to the first word, and answers, side by side.
 
-The pictures of a prompt are read as they come, and with as many tokens as ``--threshold`` leaves,
-chosen in several ways: merged by likeness, as means of neighbouring places (what a smaller picture
-would show), on a grid, and at random.  The last rows have the cache merged on top.  ``first`` is
-the time to the first token with the pictures encoded, ``again`` without: they are found where they
-are kept.
+The pictures of a prompt are read as they come, with as many tokens as ``--threshold`` leaves, and
+with equal tokens chosen in several ways: merged by likeness, as means of neighbouring places, on a
+grid, at random, and (with the album model) as the same pictures shown smaller.  The last rows have
+the cache merged on top.  ``first`` is the time to the first token with the pictures encoded,
+``again`` without: they are found where they are kept.
 
     python benchmarks/picture_path.py --threads 2
+    python benchmarks/picture_path.py --photographs FOLDER --threads 2
 
-The pictures of the pocket model are uniform, so its answers show that a way works and not which is
-best.
+Without ``--photographs`` it asks the pocket model, whose pictures are uniform: its answers show
+that a way works and not which is best.  With a folder of photographs it asks the album model of
+``album.py``.  The row of tokens at random says whether a model can tell methods apart: it has to
+cost many points.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,24 +30,15 @@ import numpy.typing as npt
 
 import kvmerge
 from kvmerge import pocket
-from kvmerge.media.image_merge import DEFAULT_THRESHOLD, ImageMerge, MergedTokens, merged_by
+from kvmerge.media.image_merge import (
+    DEFAULT_THRESHOLD,
+    ImageMerge,
+    MergedTokens,
+    groups_of,
+    merged_by,
+)
 
 Embeddings = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class AtEqualTokens:
-    """Leaves as many tokens as merging by likeness does, chosen in another way."""
-
-    name: str
-    choose: Callable[[Embeddings, int], MergedTokens]
-    like: ImageMerge
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.like}"
-
-    def __call__(self, embeddings: Embeddings) -> MergedTokens:
-        return self.choose(embeddings, len(self.like(embeddings).kept))
 
 
 def some(embeddings: Embeddings, kept: npt.NDArray[np.intp]) -> MergedTokens:
@@ -71,13 +67,99 @@ def of_neighbours(embeddings: Embeddings, m: int) -> MergedTokens:
     return merged_by(embeddings, first[block])
 
 
+def by_likeness(embeddings: Embeddings, m: int) -> MergedTokens:
+    """Merge as `image_merge` does, with the highest threshold that leaves m tokens or fewer."""
+    low, high = -1.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        if len(np.unique(groups_of(embeddings, middle, 1))) > m:
+            high = middle
+        else:
+            low = middle
+    return merged_by(embeddings, groups_of(embeddings, low, m))
+
+
+CHOICES = {
+    "by likeness": by_likeness,
+    "of neighbours": of_neighbours,
+    "on a grid": on_a_grid,
+    "at random": at_random,
+}
+
+
+@dataclass(frozen=True)
+class OfEachPicture:
+    """Leaves a number of tokens of each picture."""
+
+    tokens: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.tokens}"
+
+    def __call__(self, embeddings: Embeddings) -> MergedTokens:
+        return CHOICES[self.name](embeddings, self.tokens)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question: the chat, and what gives the points of an answer."""
+
+    messages: list[dict[str, Any]]
+    score: Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and prompts with questions about their pictures."""
+
+    model: Path
+    mmproj: Path
+    prompts: list[list[Asked]]
+    smaller: dict[int, Path] = field(default_factory=dict)
+    """Vision parts that show pictures smaller, by the tokens of a picture."""
+
+
+def of_the_pocket_model(n_prompts: int, n_pictures: int) -> Source:
+    prompts = []
+    for i in range(n_prompts):
+        prompt = pocket.make_prompt(np.random.default_rng(1000 + i), n_pictures)
+        prompts.append(
+            [
+                Asked(prompt.messages(k), partial(_pocket_score, question))
+                for k, question in enumerate(prompt.questions)
+            ]
+        )
+    return Source(pocket.model_path(), pocket.mmproj_path(), prompts)
+
+
+def _pocket_score(question: pocket.Question, said: str) -> float:
+    return pocket.score(question.task, said, question.answer)
+
+
+def of_albums(folder: Path, n_prompts: int, n_pictures: int, sizes: list[int]) -> Source:
+    from real_parts import album, build, parts
+
+    language_model = parts.fetch(parts.SMOLLM2)
+    samples = album.samples(
+        n_prompts,
+        n_pictures,
+        album.photographs(folder, language_model),
+        album.vocabulary(language_model),
+        seed=1,
+    )
+    prompts = [[Asked(ask.messages, ask.score) for ask in sample.load()] for sample in samples]
+    smaller = {n: build.build(side=int(28 * n**0.5))[1] for n in sizes if int(n**0.5) ** 2 == n}
+    return Source(*build.build(), prompts, smaller)
+
+
 def measured(
-    llm: kvmerge.Llama, prompts: list[pocket.Prompt], repeats: int
+    llm: kvmerge.Llama, prompts: list[list[Asked]], repeats: int
 ) -> tuple[float, float, float, float]:
     """Return tokens of a prompt, seconds to its first token, those again, and the share right."""
     tokens, first, again, right = [], [], [], []
-    for prompt in prompts:
-        messages = prompt.messages(0)
+    for questions in prompts:
+        messages = questions[0].messages
         for times in (first, again):
             best = np.inf
             for _ in range(1 if times is first else repeats):
@@ -87,11 +169,10 @@ def measured(
                 best = min(best, time.perf_counter() - start)
             times.append(best)
         tokens.append(llm.n_tokens)
-        for i, question in enumerate(prompt.questions):
+        for question in questions:
             options: Any = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": 48}
-            answer = llm.create_chat_completion(prompt.messages(i), **options)
-            said = answer["choices"][0]["message"]["content"] or ""
-            right.append(pocket.score(question.task, said, question.answer))
+            answer = llm.create_chat_completion(question.messages, **options)
+            right.append(question.score(answer["choices"][0]["message"]["content"] or ""))
     return tuple(float(np.mean(values)) for values in (tokens, first, again, right))  # type: ignore[return-value]
 
 
@@ -99,7 +180,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="ask the album model")
     parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="COSINE")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="*",
+        default=[16],
+        metavar="N",
+        help="of a picture, to compare at",
+    )
     parser.add_argument("--floor", type=int, default=4, help="tokens that a picture keeps at least")
     parser.add_argument("--pictures", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=10, help="with ten questions each")
@@ -110,40 +200,44 @@ def main() -> None:
     if args.quick:
         args.pictures, args.prompts, args.repeats = 2, 1, 1
 
-    prompts = [
-        pocket.make_prompt(np.random.default_rng(1000 + i), args.pictures)
-        for i in range(args.prompts)
-    ]
+    if args.photographs is None:
+        source = of_the_pocket_model(args.prompts, args.pictures)
+    else:
+        source = of_albums(args.photographs, args.prompts, args.pictures, args.tokens)
     merge = ImageMerge(args.threshold, args.floor)
-    rules: list[tuple[str, Any]] = [
-        ("as it comes", None),
-        ("merged", merge),
-        ("of neighbours", AtEqualTokens("of neighbours", of_neighbours, merge)),
-        ("on a grid", AtEqualTokens("on a grid", on_a_grid, merge)),
-        ("at random", AtEqualTokens("at random", at_random, merge)),
+    rows: list[tuple[str, str | None, Any, Path]] = [
+        ("as it comes", None, None, source.mmproj),
+        ("merged", None, merge, source.mmproj),
     ]
-    print(f"{args.prompts} prompts of {args.pictures} pictures, threads: {args.threads}\n")
-    print(f"{'pictures':<16}{'cache':<8}{'tokens':>8}{'first':>10}{'again':>10}{'right':>8}")
-    for cache in (None, "auto"):
-        for name, rule in rules[: None if cache is None else 2]:
-            with kvmerge.Llama(
-                pocket.model_path(),
-                mmproj=pocket.mmproj_path(),
-                kv_merge=cache,
-                merge_before=2 if cache else 0,
-                n_ctx=4096,
-                n_threads=args.threads,
-                n_threads_batch=args.threads,
-                image_merge=None if rule is None else args.threshold,
-                verbose=False,
-            ) as llm:
-                llm.chat_handler.image_merge = rule
-                tokens, first, again, right = measured(llm, prompts, args.repeats)
-            print(
-                f"{name:<16}{cache or 'full':<8}{tokens:>8.0f}{first * 1e3:>7.0f} ms"
-                f"{again * 1e3:>7.0f} ms{right:>8.1%}",
-                flush=True,
-            )
+    for tokens in args.tokens:
+        for name in CHOICES:
+            rule = OfEachPicture(tokens, name)
+            rows.append((f"{name}, {tokens}", None, rule, source.mmproj))
+        if tokens in source.smaller:
+            rows.append((f"smaller, {tokens}", None, None, source.smaller[tokens]))
+    rows += [(name, "auto", rule, mmproj) for name, _, rule, mmproj in rows[:2]]
+    asked = f"{args.prompts} prompts of {args.pictures} pictures"
+    print(f"{source.model.stem}, {asked}, threads: {args.threads}\n")
+    print(f"{'pictures':<20}{'cache':<8}{'tokens':>8}{'first':>10}{'again':>10}{'right':>8}")
+    for name, cache, rule, mmproj in rows:
+        with kvmerge.Llama(
+            source.model,
+            mmproj=mmproj,
+            kv_merge=cache,
+            merge_before=2 if cache else 0,
+            n_ctx=4096,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            image_merge=None if rule is None else args.threshold,
+            verbose=False,
+        ) as llm:
+            llm.chat_handler.image_merge = rule
+            tokens, first, again, right = measured(llm, source.prompts, args.repeats)
+        print(
+            f"{name:<20}{cache or 'full':<8}{tokens:>8.0f}{first * 1e3:>7.0f} ms"
+            f"{again * 1e3:>7.0f} ms{right:>8.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
