@@ -35,7 +35,7 @@ SHORT = {
 }
 """What makes each of them short.  What they find is not looked at: the machine may be busy."""
 
-TAKES_MINUTES = ["rpc_tests", "upstream_tests"]
+TAKES_MINUTES = ["album", "rpc_tests", "upstream_tests"]
 TRIED_ELSEWHERE = ["supports_op"]
 """By a test of its own, which also reads what it prints."""
 

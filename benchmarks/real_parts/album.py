@@ -49,11 +49,24 @@ _FONTS, _FONT_SIZES = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"), (19, 21, 23)
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of an album: a photograph with its name, or a page with its lines."""
+    """A picture of an album: a photograph with its name, or a page with its lines.
+
+    Attributes
+    ----------
+    image : Image
+        What it looks like.
+    name : str
+        What the photograph shows; empty for a page.
+    lines : tuple of pairs of str
+        The two words of each line of the page.
+    printed : tuple of str
+        The word that is printed in each token of the page, in reading order; empty where none is.
+    """
 
     image: Image.Image
     name: str = ""
     lines: tuple[tuple[str, str], ...] = ()
+    printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,16 @@ class Album:
         parts.append({"type": "text", "text": text})
         return parts
 
-    def questions(self, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-        """Return everything that can be asked, in a random order: task, question and answer."""
+    def questions(self, rng: np.random.Generator, n_lines: int = 1) -> list[tuple[str, str, str]]:
+        """Return what can be asked, in a random order: task, question and answer.
+
+        Parameters
+        ----------
+        rng : Generator
+            Chooses.
+        n_lines : int
+            Of how many lines of each page, at most.
+        """
         asked = []
         items = [item for picture in self.pictures for item, _ in picture.lines]
         for i, picture in enumerate(self.pictures, 1):
@@ -87,9 +108,10 @@ class Album:
                 asked.append(("show", f"What does picture {i} show?", shown))
                 asked.append(("which", f"Which picture shows a {picture.name}?", f"Picture {i}."))
                 continue
-            item, word = picture.lines[int(rng.integers(len(picture.lines)))]
-            question = f"What is written beside {item} in picture {i}?"
-            asked.append(("line", question, f"Beside {item} is {word}."))
+            for line in rng.permutation(len(picture.lines))[:n_lines]:
+                item, word = picture.lines[line]
+                question = f"What is written beside {item} in picture {i}?"
+                asked.append(("line", question, f"Beside {item} is {word}."))
             if items.count(item) == 1:
                 question = f"Which picture has a line with {item}?"
                 asked.append(("find", question, f"Picture {i}."))
@@ -149,13 +171,21 @@ def page(rng: np.random.Generator, words: frozenset[str]) -> Picture:
     draw = ImageDraw.Draw(image)
     lines = list(zip(map(str, items), map(str, beside), strict=True))
     font = _font_that_fits(rng, lines)
+    printed = np.full((_ROWS, _ROWS), "", dtype=object)
+
+    def write(row: int, left: int, y: int, word: str) -> None:
+        draw.text((left, y), word, font=font, fill=ink, anchor="lm")
+        for column in range(_ROWS):
+            start, end = column * _TOKEN, (column + 1) * _TOKEN
+            if min(left + font.getlength(word), end) - max(left, start) >= _TOKEN / 3:
+                printed[row, column] = word
+
     for row, (item, word) in zip(rows, lines, strict=True):
         y = int(row * _TOKEN + _TOKEN // 2 + rng.integers(-2, 3))
         left = int(4 + rng.integers(0, 3))
-        draw.text((left, y), item, font=font, fill=ink, anchor="lm")
-        left = _beside(left, font.getlength(item)) + int(rng.integers(0, 3))
-        draw.text((left, y), word, font=font, fill=ink, anchor="lm")
-    return Picture(image, lines=tuple(lines))
+        write(row, left, y, item)
+        write(row, _beside(left, font.getlength(item)) + int(rng.integers(0, 3)), y, word)
+    return Picture(image, lines=tuple(lines), printed=tuple(printed.ravel()))
 
 
 def _beside(left: float, length: float) -> int:
@@ -179,19 +209,23 @@ def make_album(
 ) -> Album:
     """Draw an album of `n` pictures, about half of them pages."""
     names = rng.choice(list(photos), n, replace=False)
-    pictures, facts = [], {}
-    told: set[tuple[str, str]] = set()
-    for i in range(n):
-        if rng.random() < 0.5:
-            pictures.append(page(rng, words))
-        else:
-            image = Image.open(photos[names[i]]).convert("RGB")
-            pictures.append(Picture(image, name=str(names[i])))
+    pictures = [
+        page(rng, words)
+        if rng.random() < 0.5
+        else Picture(Image.open(photos[name]).convert("RGB"), name=str(name))
+        for name in names
+    ]
+    return Album(tuple(pictures), facts(rng, n))
+
+
+def facts(rng: np.random.Generator, n: int) -> dict[int, tuple[str, str, str]]:
+    """Return what is told before about a quarter of `n` pictures: colour, thing, word."""
+    found: dict[int, tuple[str, str, str]] = {}
+    for i in np.flatnonzero(rng.random(n) < 0.25):
         thing = (str(rng.choice(_COLOURS)), str(rng.choice(_THINGS)))
-        if rng.random() < 0.25 and thing not in told:
-            told.add(thing)
-            facts[i] = (*thing, str(rng.choice([value for value in _VALUES if value in words])))
-    return Album(tuple(pictures), facts)
+        if thing not in [fact[:2] for fact in found.values()]:
+            found[int(i)] = (*thing, str(rng.choice(_VALUES)))
+    return found
 
 
 def samples(
