@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 from real_parts import album, build, parts
 
-from kvmerge.evaluation.answers import Record, Settings, definitions, identity
-from kvmerge.evaluation.methods import choose
+from kvmerge.evaluation.answers import Answer, Record, Settings, definitions, identity
+from kvmerge.evaluation.bootstrap import difference
+from kvmerge.evaluation.methods import FULL, choose
 from kvmerge.evaluation.run import Models, Plan, run
-from kvmerge.evaluation.tables import table
+from kvmerge.evaluation.scores import Row, Scores, collect
 
-METHODS = "reference,preset,auto/evict"
+METHODS = "reference,preset,auto/*"
 
 
 def main() -> None:
@@ -65,7 +67,42 @@ def main() -> None:
     n_ctx = 512 + 128 * args.pictures
     with Record(args.out, settings) as record:
         run(plan, Models(model, mmproj, n_ctx, args.threads), record, jobs=args.jobs)
-        print(table(record.answers, settings, "album.png"))
+        print(table(record.answers))
+
+
+def table(answers: list[Answer]) -> str:
+    """Return a line a method: points, and the paired difference to the full cache, in per cent."""
+    found = collect(answers)
+    columns = [(scores, budget) for scores in found for budget in scores.budgets]
+    names = dict.fromkeys(name for scores in found for name, _ in scores.values)
+    lines = [
+        ["method", *(f"{scores.mode}, {budget:.0%}" for scores, budget in columns)],
+        ["---", *("---:" for _ in columns)],
+    ]
+    for name in names:
+        cells = []
+        for scores, budget in columns:
+            row = (name, budget) if (name, budget) in scores.values else (name, 1.0)
+            cells.append(_shown(scores, row) if row in scores.values else "")
+        lines.append([f"`{name}`", *cells])
+    counts = ", ".join(f"{scores.mode} {_n(scores)}" for scores in found)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"Questions: {counts}\n\n{text}"
+
+
+def _n(scores: Scores) -> int:
+    return int((~np.isnan(scores.values[FULL, 1.0])).sum())
+
+
+def _shown(scores: Scores, row: Row) -> str:
+    points = scores.average(row)
+    if row[0] == FULL:
+        return f"{100 * points:.0f}"
+    apart = difference(scores.values[row], scores.values[FULL, 1.0])
+    if apart is None:
+        return f"{100 * points:.0f}"
+    low, high = (f"{100 * end:+.0f}".replace("-", "−") for end in (apart.low, apart.high))
+    return f"{100 * points:.0f} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -135,7 +135,11 @@ def test_answers_what_the_full_cache_answers() -> None:
     assert both >= 0.9 * right[None]
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if name != "none"])
+# of the methods that are Python, which copy the cache in every merge, one is enough
+SLOW = {"none", "bacon", "flashcache", "tgv-kv"}
+
+
+@pytest.mark.parametrize("name", sorted(set(presets()) - SLOW))
 def test_a_cap_leaves_room_for_a_stretch_of_the_answer(name: str) -> None:
     """A prompt of several caps, and a long answer: at most one merge in 64 tokens."""
     with make(kv_merge=name, kv_max_cells=512, n_ctx=8192) as llm:

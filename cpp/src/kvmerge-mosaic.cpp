@@ -325,6 +325,63 @@ static int32_t keep_text(kvmerge_plan & plan, int32_t n_cells, int32_t n_text, c
     return n_whole + n_text;
 }
 
+static int32_t count_members(const std::vector<mosaic_block> & blocks) {
+    int32_t n = 0;
+    for (const auto & block : blocks) {
+        n += block.member.size();
+    }
+    return n;
+}
+
+// What of a head goes into groups, after its pivots: lists of blocks, each with the groups that it shares out. All pictures
+// are one list where text is left alone; else every block is one.
+static std::vector<std::vector<mosaic_block>> divide(kvmerge_plan & plan, int32_t n_free, const kvmerge_params & params) {
+    const bool text_alone = params.select == KVMERGE_SELECT_MEDIA;
+
+    for (int32_t i : plan.kept()) {
+        plan.protect(i); // sinks and recent tokens stay as they are
+    }
+
+    auto text  = make_blocks(plan, true,  0);
+    auto media = make_blocks(plan, false, params.n_floor);
+
+    int32_t n_media_floor = 0;
+    for (const auto & block : media) {
+        n_media_floor += block.n_floor;
+    }
+
+    const int32_t n_text  = text_alone ? 0 : text_cells(plan, n_free, n_media_floor, params.text);
+    const int32_t n_media = n_free - n_text;
+
+    // the floor goes to groups before any pivot
+    const int32_t n_media_groups = std::max<int32_t>(std::min(n_media, n_media_floor), std::lround(n_media*(1.0f - params.pivots)));
+    const int32_t n_text_pivots  = n_text >= count_members(text) ? n_text : (int32_t) std::lround(n_text*params.text_pivots);
+
+    keep_pivots(plan, media, n_media - n_media_groups);
+    keep_pivots(plan, text,  n_text_pivots);
+
+    share_cells(plan, media, n_media_groups);
+    share_cells(plan, text,  n_text - n_text_pivots);
+
+    std::vector<std::vector<mosaic_block>> res;
+
+    for (auto * blocks : { &text, &media }) {
+        blocks->erase(std::remove_if(blocks->begin(), blocks->end(), [](const mosaic_block & block) {
+            return block.n_groups == 0 || block.member.empty();
+        }), blocks->end());
+
+        if (blocks == &media && text_alone && !media.empty()) {
+            res.push_back(std::move(media));
+            break;
+        }
+        for (auto & block : *blocks) {
+            res.push_back({ std::move(block) });
+        }
+    }
+
+    return res;
+}
+
 bool kvmerge_mosaic_layer(
               kvmerge_graph         & graph,
         const kvmerge_engine        & engine,
@@ -360,11 +417,7 @@ bool kvmerge_mosaic_layer(
 
     // blocks of one head, whose groups are shared out among them
     const auto add = [&](int32_t h, std::vector<mosaic_block> blocks) {
-        int64_t n_members = 0;
-        for (const auto & block : blocks) {
-            n_members += block.member.size();
-        }
-        if ((int64_t) (rows.size() + n_members)*layer.n_embd_head_k > MAX_ELEMENTS && !group()) {
+        if ((int64_t) (rows.size() + count_members(blocks))*layer.n_embd_head_k > MAX_ELEMENTS && !group()) {
             return false;
         }
 
@@ -384,51 +437,9 @@ bool kvmerge_mosaic_layer(
 
         const int32_t n_free = n_cells - (text_alone ? keep_text(plan, n_cells, n_text_kept, params) : kvmerge_select_forced(plan, n_cells, params));
 
-        for (int32_t i : plan.kept()) {
-            plan.protect(i); // sinks and recent tokens stay as they are
-        }
-
-        auto text  = make_blocks(plan, true,  0);
-        auto media = make_blocks(plan, false, params.n_floor);
-
-        int32_t n_media_floor = 0;
-        for (const auto & block : media) {
-            n_media_floor += block.n_floor;
-        }
-
-        const int32_t n_text  = text_alone ? 0 : text_cells(plan, n_free, n_media_floor, params.text);
-        const int32_t n_media = n_free - n_text;
-
-        // the floor goes to groups before any pivot
-        const int32_t n_media_groups = std::max<int32_t>(std::min(n_media, n_media_floor), std::lround(n_media*(1.0f - params.pivots)));
-
-        int32_t n_text_members = 0;
-        for (const auto & block : text) {
-            n_text_members += block.member.size();
-        }
-        const int32_t n_text_pivots = n_text >= n_text_members ? n_text : (int32_t) std::lround(n_text*params.text_pivots);
-
-        keep_pivots(plan, media, n_media - n_media_groups);
-        keep_pivots(plan, text,  n_text_pivots);
-
-        share_cells(plan, media, n_media_groups);
-        share_cells(plan, text,  n_text - n_text_pivots);
-
-        for (auto * blocks : { &text, &media }) {
-            blocks->erase(std::remove_if(blocks->begin(), blocks->end(), [](const mosaic_block & block) {
-                return block.n_groups == 0 || block.member.empty();
-            }), blocks->end());
-
-            if (blocks == &media && text_alone && !media.empty()) {
-                if (!add(h, std::move(media))) {
-                    return false;
-                }
-                continue;
-            }
-            for (auto & block : *blocks) {
-                if (!add(h, { std::move(block) })) {
-                    return false;
-                }
+        for (auto & blocks : divide(plan, n_free, params)) {
+            if (!add(h, std::move(blocks))) {
+                return false;
             }
         }
     }

@@ -5,8 +5,9 @@
 // Choosing the survivors by importance alone loses what the question does not point at. Here a picture is cut into groups
 // of similar keys (farthest-point seeds, nearest seed), and every group becomes one cell, of its seed and, once
 // kvmerge_limit has been there, the params.n_member most like it; a share of the cells (params.pivots) may go to the
-// picture's most important tokens instead. Text stays whole while it fits in its share; what does not fit is grouped
-// across all of its runs.
+// picture's most important tokens instead. Pictures have cells in proportion to their tokens; where text is left alone
+// (KVMERGE_SELECT_MEDIA), the next group goes to the picture in which a token is farthest from its group. Text stays whole
+// while it fits in its share; what does not fit is grouped across all of its runs.
 
 #include "kvmerge-engine.h"
 

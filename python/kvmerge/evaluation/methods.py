@@ -154,7 +154,8 @@ def _methods() -> Iterator[Method]:
         "auto",
         {
             "evict": ("same selection, merging off", {"match": "none", "bias": "none"}),
-            "uniform": ("all layers keep the same", {"allocate": "uniform"}),
+            "no-bias": ("no bias", {"bias": "none"}),
+            "early": ("the first quarter of the layers keeps twice", {"allocate": "early"}),
             "members=2": ("a cell takes up two tokens", {"members": 2}),
         },
     )

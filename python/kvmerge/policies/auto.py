@@ -13,8 +13,10 @@ class Auto(Policy):
     """Leave text alone and keep every picture as a mosaic of fewer, larger tiles.
 
     No token of text is merged or dropped while there is room: ``kv_budget`` says what is kept of
-    pictures and sound, and a chat without any is not merged at all.  Each picture is cut into
-    groups of similar keys as in `Mosaic`, and keeps at least `floor` cells.
+    pictures and sound, and a chat without any is not merged at all.  Pictures are cut into groups
+    of similar keys.  The next group always goes to the picture in which a token is farthest from
+    its group, so that a white page takes a few cells and a page of print many; each keeps at least
+    `floor`.
 
     Only where ``kv_max_cells`` leaves less room than text and the pictures' share take, both have
     to shrink: pictures first, down to their floor and an eighth of their part of the cells.  Text
@@ -23,7 +25,7 @@ class Auto(Policy):
 
     Parameters
     ----------
-    allocate : {"early", "uniform", "pyramid", "cover", "entropy"}
+    allocate : {"uniform", "early", "pyramid", "cover", "entropy"}
         How many of the pictures' cells each layer gets; see `Policy`.
     floor : int, default 1
         Cells that every picture keeps at least, 0 to 1024.
@@ -42,7 +44,7 @@ class Auto(Policy):
 
     select: str = field(default="media", init=False)
     match: str = field(default="segment", init=False)
-    allocate: str = "early"
+    allocate: str = "uniform"
     tau: float = field(default=1.0, init=False)
     bias: str = "fit"
     neighbours: int = 3
