@@ -36,7 +36,7 @@ def llm() -> Iterator[kvmerge.Llama]:
 def shown(llm: kvmerge.Llama, source: Any) -> Pixels:
     """Return the pixels that libmtmd gets, [height, width, 3]."""
     handler: Any = llm.chat_handler
-    bitmap = handler._bitmap(MediaPart(1, "image", source))
+    bitmap = handler._bitmaps.of(MediaPart(1, "image", source))
     try:
         size = mtmd_cpp.mtmd_bitmap_get_ny(bitmap), mtmd_cpp.mtmd_bitmap_get_nx(bitmap), 3
         return np.ctypeslib.as_array(mtmd_cpp.mtmd_bitmap_get_data(bitmap), size).copy()
@@ -187,7 +187,7 @@ def test_jpeg_is_that_of_the_stock_handler(llm: kvmerge.Llama) -> None:
     for image in (Image.fromarray(noise), Image.fromarray(noise[:, :, 0])):
         data = as_file(image, "JPEG", quality=60)
         handler: Any = llm.chat_handler
-        bitmap = handler._bitmap_of_bytes(data)
+        bitmap = handler._bitmaps._of_bytes(data)
         expected = np.ctypeslib.as_array(mtmd_cpp.mtmd_bitmap_get_data(bitmap), (61, 83, 3)).copy()
         mtmd_cpp.mtmd_bitmap_free(bitmap)
         assert (shown(llm, data) == expected).all()

@@ -80,10 +80,9 @@ def test_the_largest_gives_until_it_is_as_large_as_the_next(session: Session) ->
     assert a + b + c <= CAP
 
 
-@pytest.mark.parametrize("seed", [3, 5])
-def test_who_waits_goes_on_where_its_last_token_stood(model: Path, seed: int) -> None:
+def test_who_waits_goes_on_where_its_last_token_stood(model: Path) -> None:
     """Also where that token was of a picture, and went into another cell."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(3)  # of the first 24, the one that has it so
     options = {"n_ctx": 1024, "n_batch": 512, "n_seq_max": 2, "first_cells": 256}
     with Session(model, merge=PRESETS["auto"], **options) as session:
         session.engine.set_room(CAP)
