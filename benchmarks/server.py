@@ -3,13 +3,19 @@
 Every client shows its own album and asks about it, one question after another in one conversation.
 Printed for both servers are the memory above the files of the model (when the server is ready, its
 peak, and at the end), what the slots hold, the time to the first token of the first question and of
-later ones, the tokens per second of an answer, and the share of right answers.
+later ones, the tokens per second of an answer, the share of right answers, and how many are, word
+by word, what each client is told by a server of its own.
+
+With --cancelled so many requests of others, with albums of their own, come in between and are
+broken off: before their answer or while it is written.  The benchmark fails where merging gives a
+client another answer than alone, or, with --kv-max-cells, takes more memory than those cells, one
+batch a slot and 64 MiB.
 
 The server that does not merge is the same program without a flag of merging.  Prompt caches in the
-host's memory are off in both, so that the KV cache is what is compared.
+host's memory are off in both, so that the KV cache is what is compared; --cache-ram allows them.
 
     python benchmarks/server.py
-    python benchmarks/server.py --clients 4 --pictures 12 --questions 10 --kv-max-cells 2048
+    python benchmarks/server.py --questions 10 --kv-max-cells 4096 --cancelled 40
     python benchmarks/server.py --soak 2000
     python benchmarks/server.py --stall 20
 
@@ -57,8 +63,12 @@ class Result:
     ready: float = 0.0  # MiB above the files of the model
     peak: float = 0.0
     end: float = 0.0
+    allowed: float = 0.0
     cells: str = "-"
     tokens: int = 0
+    cancelled: int = 0
+    answers: dict[int, list[str]] = field(default_factory=dict)  # by client
+    alone: int = 0  # that are as a client's own server gives them
     first: list[float] = field(default_factory=list)  # seconds to the first token
     later: list[float] = field(default_factory=list)
     speed: list[float] = field(default_factory=list)  # tokens per second
@@ -109,7 +119,8 @@ def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]
         port = s.getsockname()[1]
     line = [sys.executable, "-m", "kvmerge", "serve", arguments.model]
     line += ["--mmproj", arguments.mmproj, "--port", str(port), "--parallel"]
-    line += [str(arguments.clients), "--threads", str(arguments.threads), "--cache-ram", "0"]
+    line += [str(arguments.clients), "--threads", str(arguments.threads)]
+    line += ["--cache-ram", str(arguments.cache_ram)]
     line += ["--ctx-size", str(arguments.ctx_size), "--kv-unified"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -129,16 +140,11 @@ def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]
             yield server
         finally:
             process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                # Its handler may wait for a lock that the interrupted thread holds.
-                process.terminate()
-                process.wait()
+            process.wait()
 
 
-def converse(server: Server, prompt: pocket.Prompt, n: int, result: Result) -> None:
-    said: list[str] = []
+def converse(server: Server, client: int, prompt: pocket.Prompt, n: int, result: Result) -> None:
+    said = result.answers[client] = []
     for i in range(n):
         body = {
             "messages": prompt.messages(i, said),
@@ -163,26 +169,61 @@ def converse(server: Server, prompt: pocket.Prompt, n: int, result: Result) -> N
         result.scores.append(pocket.score(question.task, said[-1], question.answer))
 
 
-def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
-    result = Result()
-    prompts = [
+def break_off(server: Server, arguments: argparse.Namespace, clients_end: threading.Event) -> int:
+    """Send requests and cancel them, every other one while it is answered; return how many."""
+    for n in range(arguments.cancelled):
+        if clients_end.is_set():
+            return n
+        prompt = pocket.make_prompt(np.random.default_rng([9, n]), arguments.pictures)
+        body = {"messages": prompt.messages(0), "max_tokens": 500, "stream": True}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=3600)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        if n % 2:
+            connection.getresponse().read(300)
+        else:
+            time.sleep(0.1)
+        connection.close()
+        clients_end.wait(0.2)
+    return arguments.cancelled
+
+
+def albums(arguments: argparse.Namespace) -> list[pocket.Prompt]:
+    return [
         pocket.make_prompt(
             np.random.default_rng(seed), arguments.pictures, n_questions=arguments.questions
         )
         for seed in range(arguments.clients)
     ]
+
+
+def alone(arguments: argparse.Namespace, flags: list[str]) -> dict[int, list[str]]:
+    """Return what each client is told by a server that nobody else uses."""
+    result = Result()
+    for client, prompt in enumerate(albums(arguments)):
+        with serving(arguments, flags) as server:
+            converse(server, client, prompt, arguments.questions, result)
+    return result.answers
+
+
+def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
+    result = Result()
     with serving(arguments, flags) as server:
         warm_up = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1}
         server.request("POST", "/v1/chat/completions", warm_up).read()
         memory = Memory(server.process.pid)
         memory.start()
-        with ThreadPoolExecutor(arguments.clients) as pool:
+        clients_end = threading.Event()
+        with ThreadPoolExecutor(arguments.clients + 1) as pool:
             jobs = [
-                pool.submit(converse, server, prompt, arguments.questions, result)
-                for prompt in prompts
+                pool.submit(converse, server, client, prompt, arguments.questions, result)
+                for client, prompt in enumerate(albums(arguments))
             ]
+            others = pool.submit(break_off, server, arguments, clients_end)
             for job in jobs:
                 job.result()
+            clients_end.set()
+            result.cancelled = others.result()
         slots = server.slots()
         memory.stop()
         files = sum(os.path.getsize(file) for file in (arguments.model, arguments.mmproj)) / MIB
@@ -190,7 +231,19 @@ def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
         result.end = memory.now() - files
     result.tokens = sum(slot.get("n_prompt_tokens", 0) for slot in slots)
     if "kv_merge" in slots[0]:
-        result.cells = str(sum(slot["kv_merge"]["cells"] for slot in slots))
+        held = [slot["kv_merge"] for slot in slots]
+        cells = sum(slot["cells"] for slot in held)
+        result.cells = str(cells)
+        if (cap := arguments.kv_max_cells) and cap.isdecimal():
+            batches = len(slots) * min(2048, int(cap) // 4)  # as large as the server makes them
+            size = sum(slot["bytes"] for slot in held) / cells
+            result.allowed = (int(cap) + batches) * size / MIB + 64
+    expected = alone(arguments, flags)
+    result.alone = sum(
+        mine == its
+        for client, answers in result.answers.items()
+        for mine, its in zip(answers, expected[client], strict=True)
+    )
     return result
 
 
@@ -251,10 +304,11 @@ def soak(arguments: argparse.Namespace, flags: list[str], name: str) -> bool:
     points = [statistics.median(curve[i : i + window]) for i in range(0, n, window)]
     first = statistics.median(curve[warm_up : warm_up + window])
     growth = points[-1] / first - 1
-    print(f"{name}: RSS {' '.join(f'{point:.0f}' for point in points)} MiB, median of each tenth")
+    print(f"{name}: RSS {' '.join(f'{point:.1f}' for point in points)} MiB, median of each tenth")
     print(
         f"{name}: {100 * growth:+.1f} % after {warm_up} of {n} requests, {max(left, 0)} more "
-        f"handles (connections included), {busy} of {len(slots)} slots lost"
+        f"handles (connections included), {busy} of {len(slots)} slots lost",
+        flush=True,
     )
     # One connection a client may have been open when handles were counted, and none is now.
     return growth <= ALLOWED and left <= 0 and busy == 0
@@ -317,9 +371,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ctx-size", type=int, default=8192)
+    parser.add_argument("--cache-ram", type=int, default=0)
     parser.add_argument("--kv-merge", default="auto")
     parser.add_argument("--kv-budget", default="0.2")
     parser.add_argument("--kv-max-cells")
+    parser.add_argument("--cancelled", type=int, default=0, metavar="REQUESTS")
     parser.add_argument("--soak", type=int, metavar="REQUESTS")
     parser.add_argument("--stall", type=int, metavar="ALBUMS")
     arguments = parser.parse_args()
@@ -332,9 +388,9 @@ def main() -> None:
         print_stalls(arguments, both)
         return
     if arguments.soak:
-        held = [soak(arguments, its, name) for name, its in both.items()]
+        held = {name: soak(arguments, its, name) for name, its in reversed(both.items())}
         # llama-server as it is stands beside it, and is not what is judged.
-        sys.exit(0 if held[-1] else 1)
+        sys.exit(0 if held["merging"] else 1)
     runs = {"as llama-server": measure(arguments, []), "merging": measure(arguments, flags)}
 
     print(
@@ -355,9 +411,17 @@ def main() -> None:
         ),
         ("tokens/s of an answer", lambda r: f"{statistics.median(r.speed):.1f}"),
         ("right answers", lambda r: f"{100 * statistics.mean(r.scores):.0f} %"),
+        ("answers as alone", lambda r: f"{r.alone} of {len(r.scores)}"),
     ]
+    if arguments.cancelled:
+        rows.append(("cancelled in between", lambda r: f"{r.cancelled}"))
+    if runs["merging"].allowed:
+        rows.insert(4, ("allowed", lambda r: f"{r.allowed:.1f}" if r.allowed else "-"))
     for name, value in rows:
         print(f"{name:32}" + "".join(f"{value(run):>18}" for run in runs.values()))
+    merging = runs["merging"]
+    too_much = bool(merging.allowed) and merging.peak > merging.allowed
+    sys.exit(too_much or merging.alone < len(merging.scores))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ function(kvmerge_add_server llama_cpp_dir)
     set(BUILD_SHARED_LIBS OFF)
     set(LLAMA_TOOLS_INSTALL OFF)
     set(LLAMA_BUILD_UI OFF)
-    # HTTPS would tie the program to one version of OpenSSL: a proxy in front of it brings that too.
-    set(LLAMA_OPENSSL OFF)
+    # HTTPS ties the program to one version of OpenSSL: a proxy in front of it brings that too.
+    set(LLAMA_OPENSSL ${KVMERGE_OPENSSL})
+    if(KVMERGE_OPENSSL)
+        find_package(OpenSSL REQUIRED) # upstream would only warn
+    endif()
     set(PROJECT_SOURCE_DIR "${llama_cpp_dir}") # what the parts below take to be their own project
 
     # Upstream adds them itself where all of its tools, or its tests, are built.
@@ -23,7 +26,15 @@ function(kvmerge_add_server llama_cpp_dir)
     target_include_directories(server-context PRIVATE
         "${KVMERGE_SOURCE_DIR}/cpp/server" "${KVMERGE_SOURCE_DIR}/cpp/include")
 
+    target_include_directories(llama-server-impl PRIVATE "${KVMERGE_SOURCE_DIR}/cpp/server")
+
     if(KVMERGE_BUILD_TOOLS)
+        target_sources(llama-mtmd-cli PRIVATE
+            "${KVMERGE_SOURCE_DIR}/cpp/server/kvmerge-cli.cpp"
+            "${KVMERGE_SOURCE_DIR}/cpp/server/kvmerge-program.cpp"
+            "${KVMERGE_SOURCE_DIR}/cpp/server/kvmerge-flags.cpp")
+        target_include_directories(llama-mtmd-cli PRIVATE
+            "${KVMERGE_SOURCE_DIR}/cpp/server" "${KVMERGE_SOURCE_DIR}/cpp/include")
         return()
     endif()
 

@@ -38,7 +38,7 @@ def stock_libraries() -> Path:
     vendor = _vendor()
     changed = [f for p in vendor.read_series(vendor.HERE / "patches") for f, _ in p.hunks()]
     assert not any(f.startswith("ggml/") for f in changed), "the stock build shares ggml with ours"
-    with_mtmd = any(f.startswith("tools/mtmd/") for f in changed)
+    with_mtmd = any(f.startswith("tools/mtmd/") and "-cli." not in f for f in changed)
 
     ours = package_libraries()
     shared = sorted(p for p in ours.iterdir() if "ggml" in p.name or "mtmd" in p.name)

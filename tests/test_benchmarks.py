@@ -25,17 +25,18 @@ SHORT = {
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
     "picture_path": "--quick",
     "quality": "--quick --jobs 1 --out {folder}/answers",
-    "server": "--clients 1 --pictures 2 --questions 1",
+    "server": "--clients 2 --pictures 2 --questions 1 --cancelled 2 --kv-max-cells 1024",
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
     "text_fidelity": "{model} {folder} --read 32 --n 1 --methods flowmm --kept 0.5",
     "text_needles": "{model} {folder} --read 64 --n 1 --methods auto keydiff --kept 0.5",
     "architectures": "--models {folder}",
+    "presets": "--check",
     "fuzz_states": "--no-build --plain --libraries {libraries} --states 6 --jobs 1",
 }
 """What makes each of them short.  What they find is not looked at: the machine may be busy."""
 
-TAKES_MINUTES = ["album", "rpc_tests", "upstream_tests"]
+TAKES_MINUTES = ["album", "rpc_tests", "upstream_server_tests", "upstream_tests"]
 TRIED_ELSEWHERE = ["supports_op"]
 """By a test of its own, which also reads what it prints."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import kvmerge
 from kvmerge import pocket
 from kvmerge.commands.serve import command_line, program
+from random_model import Shape, write_random_model
 from serving import Answer, Server, chat_body, is_built, refusal, serving
 
 pytestmark = pytest.mark.skipif(
@@ -335,7 +338,27 @@ def test_flags_that_do_not_go_with_merging(flags: tuple[str, ...], reason: str) 
     assert reason in refusal(*MERGING, *flags)
 
 
-def test_the_server_alone_says_what_is_missing() -> None:
-    line = [os.fspath(program()), "-m", os.fspath(pocket.model_path()), "--kv-merge", "auto"]
-    with pytest.raises(AssertionError, match="kvmerge serve"), serving(line=line):
+def test_the_program_alone_knows_the_policies() -> None:
+    """As llama-cli and llama-mtmd-cli do, which nobody starts for them."""
+    line = [os.fspath(program()), "-m", os.fspath(pocket.model_path()), "--ctx-size", "4096"]
+    with serving(line=[*line, "--kv-merge", "auto"]) as server:
+        assert server.get("/props")["kv_merge"]["policy"] == "auto"
+        assert server.chat([{"role": "user", "content": "red"}]).status == 200
+    with (
+        pytest.raises(AssertionError, match="--kv-merge atuo: it is none, or one of auto,"),
+        serving(line=[*line, "--kv-merge", "atuo"]),
+    ):
         pass
+
+
+def test_the_program_has_the_settings_of_python() -> None:
+    root = Path(__file__).resolve().parent.parent
+    line = [sys.executable, os.fspath(root / "tools" / "presets.py"), "--check"]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}: python tools/presets.py mends it"
+
+
+def test_a_model_that_cannot_be_merged(tmp_path: Path) -> None:
+    shape = Shape(arch="gemma3", layers=1)  # its only layer has a sliding window
+    model = write_random_model(tmp_path / "model.gguf", shape)
+    assert "there is nothing to merge" in refusal("--kv-merge", "auto", model=model)

@@ -1,6 +1,7 @@
 #include "kvmerge-flags.h"
 
 #include "common.h"
+#include "kvmerge-presets.h"
 
 #include <algorithm>
 #include <cmath>
@@ -125,6 +126,20 @@ static void read_cap(const std::string & text, kvmerge_flags & flags) {
             "--kv-max-cells %s: it is a whole number of cells of at least %d, or bytes such as 512MiB or 1.5GB", text.c_str(), (int) MIN_CELLS));
 }
 
+// the settings of a policy by its name
+static std::string preset(const std::string & name) {
+    std::string names;
+
+    for (const auto & cur : KVMERGE_PRESETS) {
+        if (name == cur.name) {
+            return cur.settings;
+        }
+        names += names.empty() ? cur.name : std::string(", ") + cur.name;
+    }
+
+    throw std::invalid_argument(string_format("--kv-merge %s: it is none, or one of %s", name.c_str(), names.c_str()));
+}
+
 kvmerge_flags kvmerge_read_flags(const common_params & params) {
     kvmerge_flags flags;
 
@@ -137,15 +152,10 @@ kvmerge_flags kvmerge_read_flags(const common_params & params) {
         return flags;
     }
 
-    if (params.kv_merge_params.empty()) {
-        throw std::invalid_argument(string_format(
-                "--kv-merge %s: the settings of the policy are missing (--kv-merge-params); `kvmerge serve` fills them in", params.kv_merge.c_str()));
-    }
-
     flags.policy = params.kv_merge;
     flags.budget = params.kv_budget;
 
-    read_params(params.kv_merge_params, flags.params);
+    read_params(params.kv_merge_params.empty() ? preset(params.kv_merge) : params.kv_merge_params, flags.params);
     read_budget(params.kv_budget,       flags);
     read_cap   (params.kv_max_cells,    flags);
 

@@ -5,15 +5,13 @@
 // A process serves one context, so there is one engine. Without --kv-merge every function does nothing and returns what
 // llama-server would use. All but the reports belong to the thread that decodes; the reports may be asked for by any.
 
+#include "kvmerge-program.h"
 #include "llama.h"
 #include "server-common.h" // json
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
-
-struct common_params;
-struct mtmd_input_chunk;
 
 // Before the context is made: checks the flags, and lets the cache begin small. false: they do not go together, the log says
 // why.
@@ -39,9 +37,8 @@ int32_t kvmerge_server_reuse(int32_t id_slot, const server_tokens & tokens, int3
 int32_t kvmerge_server_merge_at(const server_tokens & prompt, int32_t n_past, int32_t last_user_pos);
 
 // While it lives, what is decoded is this picture or sound.
-struct kvmerge_server_media {
+struct kvmerge_server_media : kvmerge_media_scope {
     explicit kvmerge_server_media(const mtmd_input_chunk * chunk);
-    ~kvmerge_server_media();
 };
 
 // Whether anybody is waiting for a slot: where cells run out, what is idle merges first.

@@ -9,6 +9,10 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..policies import Policy
 
 OURS = ("--kv-merge", "--kv-budget", "--kv-max-cells", "--keep-last-images")
 """Flags of merging, each of which may also be set in the environment as ``LLAMA_ARG_...``."""
@@ -87,8 +91,7 @@ def settings(given: Mapping[str, str]) -> list[str]:
         raise OptionError(f"--kv-budget: {error}") from None
     policy.check_budget(budget)
     arguments = ["--kv-merge", policy.name, "--kv-budget", repr(budget.kept)]
-    params = policy.engine_params()
-    arguments += ["--kv-merge-params", ",".join(f"{k}={float(v)!r}" for k, v in params.items())]
+    arguments += ["--kv-merge-params", native_settings(policy)]
     if (cells := given.get("--kv-max-cells")) is not None:
         limit = Cap(int(cells) if cells.isdecimal() else cells).limit
         if isinstance(limit, str):
@@ -99,6 +102,11 @@ def settings(given: Mapping[str, str]) -> list[str]:
             raise OptionError(f"--keep-last-images {whole}: it must be a whole number, 0 or more")
         arguments += ["--keep-last-images", whole]
     return arguments
+
+
+def native_settings(policy: Policy) -> str:
+    """Return the settings of a policy as `--kv-merge-params` takes them."""
+    return ",".join(f"{k}={float(v):.9g}" for k, v in policy.engine_params().items())
 
 
 def command_line(arguments: list[str]) -> tuple[list[str], str]:
