@@ -123,6 +123,12 @@ def message(source: Any) -> list[Any]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": source}}, "?"]}]
 
 
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_blank_name(blank: str) -> None:
+    with pytest.raises(errors.MediaError, match="is empty"):
+        content(blank, MediaAccess.everything())
+
+
 # Nothing.
 
 
@@ -302,6 +308,17 @@ def test_hosts(server: str) -> None:
     port = server.rpartition(":")[2]
     with pytest.raises(errors.MediaError, match="on localhost, a host that"):
         content(f"{server}/to/http://localhost:{port}/a.png", access)
+
+
+def test_url_as_people_write_it(server: str) -> None:
+    """Spaces and letters beyond ASCII go as browsers send them, and no line is added."""
+    for path, sent in (
+        ("/grün b.png", "/gr%C3%BCn%20b.png"),
+        ("/a%20b.png?x=1&y=[2]", "/a%20b.png?x=1&y=[2]"),
+        ("/a.png HTTP/1.1\r\nX: 1", "/a.png%20HTTP/1.1X:%201"),
+    ):
+        assert content(server + path, MediaAccess.everything()) == PNG
+        assert Handler.asked[-1] == sent
 
 
 def test_redirect_to_a_private_address(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

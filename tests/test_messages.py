@@ -91,7 +91,11 @@ def test_form(name: str, with_pictures: kvmerge.Llama) -> None:
     assert len(llm.media_spans) == 1
 
 
-@pytest.mark.parametrize("image", [BASE64, URI, PNG], ids=["base64", "URI", "bytes"])
+@pytest.mark.parametrize(
+    "image",
+    [BASE64, URI, PNG, BASE64.encode(), base64.encodebytes(PNG), URI.encode()],
+    ids=["base64", "URI", "bytes", "base64 as bytes", "with line breaks", "URI as bytes"],
+)
 def test_form_of_ollama(image: Any, with_pictures: kvmerge.Llama) -> None:
     llm = with_pictures
     llm.reset()
@@ -225,6 +229,7 @@ def test_template_that_shows_only_texts(llama: Factory) -> None:
         ({"type": "input_image", "file_id": "file-1"}, "'file_id'"),
         ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "'file_id'"),
         ({"type": "text", "text": "x", "image_url": URI}, "has 'image_url' as well"),
+        ({"type": "image", "image": URI, "url": "b.png"}, "has 'image' and 'url'"),
         ({"type": "text"}, "must be a text"),
         ({"type": "text", "text": None}, "must be a text"),
         ({"type": "text", "text": 5}, "must be a text"),
@@ -283,6 +288,12 @@ def test_picture_that_is_not_there(part: Any, said: str, with_pictures: kvmerge.
         ([{"role": "user", "content": "x", "images": BASE64}], "'images' of type str"),
         ([{"role": "user", "content": "x", "videos": ["a.mp4"]}], "has 'videos' beside"),
         ([{"role": "user", "content": "x", "image_url": URI}], "has 'image_url' beside"),
+        (
+            [{"role": "user", "content": "x", "experimental_attachments": [{"url": URI}]}],
+            "has 'experimental_attachments' beside",
+        ),
+        ([{"role": "assistant", "content": "x", "tool_calls": 5}], "'tool_calls' of type int"),
+        ([{"role": "assistant", "content": "x", "tool_calls": "f"}], "'tool_calls' of type str"),
     ],
 )
 def test_messages_that_are_refused(

@@ -236,6 +236,14 @@ def test_more_than_eight_bits(llm: kvmerge.Llama) -> None:
         assert near(shown(llm, source), expected, within=1), source
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_dark_picture_of_sixteen_bits_stays_dark(format: str, llm: kvmerge.Llama) -> None:
+    """A file says how many bits a pixel has; an object of Pillow may have come from 8 bits."""
+    dark = Image.fromarray(np.full((8, 8), 250, np.uint16))
+    assert shown(llm, as_file(dark, format)).max() == 0
+    assert shown(llm, dark).min() == 250
+
+
 @pytest.mark.parametrize("low", [-1.0, np.nan, np.inf, 1e6])
 def test_values_that_are_no_grey(low: float, llm: kvmerge.Llama) -> None:
     values = np.full((8, 8), 0.5, np.float32)
@@ -414,6 +422,28 @@ def test_open_file_is_left_where_it_stood(llm: kvmerge.Llama, tmp_path: Path) ->
         assert (shown(llm, opened) == first).all()
 
 
+class Dripping:
+    """An open file that is not buffered: it gives less than it is asked for, and cannot go back."""
+
+    def __init__(self, data: bytes) -> None:
+        self._file = io.BytesIO(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(min(size, 100))
+
+
+def test_open_file_that_gives_a_little_at_a_time(llm: kvmerge.Llama) -> None:
+    data = as_file(quarters(), "PNG")
+    assert (shown(llm, Dripping(data)) == shown(llm, data)).all()
+
+
+def test_open_file_at_its_end(llm: kvmerge.Llama) -> None:
+    file = io.BytesIO()
+    quarters().save(file, "PNG")
+    with pytest.raises(errors.MediaError, match=r"stands at its end: call its seek\(0\)"):
+        shown(llm, file)
+
+
 # Files that end early.
 
 WRITTEN: dict[str, dict[str, Any]] = {
@@ -435,6 +465,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "MPO": {},
     "DIB": {},
     "IM": {},
+    "ICNS": {},
 }
 VARIANTS = [
     *WRITTEN.items(),

@@ -412,6 +412,16 @@ def test_places_that_cannot_be_written(full: kvmerge.Llama, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "path", ["a\0b", "a\ud800/b", 5, None, "~nobody-of-that-name/a", "", "x" * 300]
+)
+def test_no_path(path: Any, full: kvmerge.Llama) -> None:
+    for use in (full.save_context, full.load_context):
+        with pytest.raises(errors.StateError) as caught:
+            use(path)
+        str(caught.value).encode()
+
+
 def test_closed(llama: Factory, saved: Path) -> None:
     llm = llama()
     llm.close()

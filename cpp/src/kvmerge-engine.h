@@ -336,7 +336,8 @@ private:
     //
 
     uint32_t              count_unheld(const kvmerge_layer & layer, const std::vector<uint32_t> & cells) const;
-    std::vector<int32_t>  saved_slots(llama_seq_id seq_id) const; // of the observed queries
+    struct saved_queries;
+    saved_queries         choose_queries(llama_seq_id seq_id) const; // of those that were observed
 
     // the parts of state_read(), which throw like it
     void read_shape   (llama_io_read_i & io) const;

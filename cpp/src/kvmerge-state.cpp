@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
 //
@@ -113,10 +114,44 @@ void kvmerge_engine::on_restore(llama_seq_id seq_id, uint32_t n_cells) {
 // what the cells stand for, and the observed queries
 //
 
-// Only the rows that a merge would use; of a sequence that was merged only as many as take half of what that has saved, so
-// that its state is smaller than the full cache would be. Before the first merge all go along: it is then the same as without
-// saving.
-std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
+// What is saved of the observed queries: as they are where all have room, else some, in 8 bits where the size of a row allows.
+struct kvmerge_engine::saved_queries {
+    bool                 is_exact;
+    std::vector<int32_t> slots;
+
+    static ggml_type type(const kvmerge_layer & layer, bool is_exact) {
+        const bool is_whole = layer.q->ne[0] % ggml_blck_size(GGML_TYPE_Q8_0) == 0;
+
+        return is_exact ? GGML_TYPE_F32 : is_whole ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    }
+
+    static size_t row_size(const kvmerge_layer & layer, bool is_exact) {
+        return ggml_row_size(type(layer, is_exact), layer.q->ne[0]);
+    }
+
+    // to and from rows of type(), which are moved as they are where that is F32
+    static void pack(const kvmerge_layer & layer, bool is_exact, const std::vector<float> & row, uint8_t * dst) {
+        if (is_exact) {
+            memcpy(dst, row.data(), row.size()*sizeof(float));
+        } else {
+            ggml_get_type_traits(type(layer, is_exact))->from_float_ref(row.data(), dst, row.size());
+        }
+    }
+
+    static void unpack(const kvmerge_layer & layer, bool is_exact, const std::vector<uint8_t> & src, float * row) {
+        if (is_exact) {
+            memcpy(row, src.data(), src.size());
+        } else {
+            ggml_get_type_traits(type(layer, is_exact))->to_float(src.data(), row, layer.q->ne[0]);
+        }
+    }
+};
+
+// Only the rows that a merge would use, and of those no more than keep a state as small as the full cache would be: as take
+// half of what merging has saved, or before the first merge a small part of the cells.
+static constexpr int64_t UNMERGED_PART = 64;
+
+kvmerge_engine::saved_queries kvmerge_engine::choose_queries(llama_seq_id seq_id) const {
     const auto & seq = sequences[seq_id];
 
     const auto window  = observer.window (seq_id, seq.n_seen);
@@ -124,22 +159,28 @@ std::vector<int32_t> kvmerge_engine::saved_slots(llama_seq_id seq_id) const {
 
     const auto cells = saved_cells(seq_id);
 
-    int64_t row  = 0;
-    int64_t held = 0;
+    int64_t exact = 0; // bytes of a row
+    int64_t small = 0;
+    int64_t held  = 0;
     for (const auto & layer : layers) {
-        row  += layer.q->nb[1];
-        held += (cells.size() - count_unheld(layer, cells))*bytes_per_cell(layer);
+        exact += saved_queries::row_size(layer, true);
+        small += saved_queries::row_size(layer, false);
+        held  += (cells.size() - count_unheld(layer, cells))*bytes_per_cell(layer);
     }
 
-    const int64_t full  = seq.n_seen*stats.bytes_per_cell;
-    const int64_t n_max = full > held ? std::max<int64_t>(1, (full - held)/2/row) : window.size() + samples.size();
+    const int64_t full = seq.n_seen*stats.bytes_per_cell;
+    const int64_t room = full > held ? (full - held)/2 : held/UNMERGED_PART;
+    const int64_t n    = window.size() + samples.size();
 
-    const int64_t n_samples = std::min<int64_t>(samples.size(), std::max<int64_t>(n_max/4, n_max - (int64_t) window.size()));
+    saved_queries res = { n*exact <= room, {} };
+
+    const int64_t n_max     = res.is_exact ? n : std::max<int64_t>(full > held, room/small);
+    const int64_t n_samples = std::min<int64_t>(samples.size(), std::max<int64_t>(n_max/2, n_max - (int64_t) window.size()));
     const int64_t n_window  = std::min<int64_t>(window.size(), n_max - n_samples);
 
-    std::vector<int32_t> res(window.end() - n_window, window.end());
+    res.slots.assign(window.end() - n_window, window.end());
     for (int64_t i = 0; i < n_samples; ++i) {
-        res.push_back(samples[i*samples.size()/n_samples]);
+        res.slots.push_back(samples[i*samples.size()/n_samples]);
     }
 
     return res;
@@ -232,17 +273,23 @@ void kvmerge_engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) con
             kvmerge_write(io, observer.count(s, m));
         }
 
-        const auto slots = saved_slots(s);
+        const auto queries = choose_queries(s);
 
-        kvmerge_write(io, (uint32_t) slots.size());
-        for (int32_t slot : slots) {
+        kvmerge_write(io, (uint8_t) queries.is_exact);
+        kvmerge_write(io, (uint32_t) queries.slots.size());
+        for (int32_t slot : queries.slots) {
             kvmerge_write(io, slot - observer.first_slot(s));
             kvmerge_write(io, observer.row(slot).order);
             kvmerge_write(io, observer.row(slot).modality);
         }
         for (const auto & layer : layers) {
-            for (int32_t slot : slots) {
-                io.write_tensor(layer.q, slot*layer.q->nb[1], layer.q->nb[1]);
+            std::vector<float>   row(layer.q->ne[0]);
+            std::vector<uint8_t> packed(saved_queries::row_size(layer, queries.is_exact));
+
+            for (int32_t slot : queries.slots) {
+                ggml_backend_tensor_get(layer.q, row.data(), slot*layer.q->nb[1], layer.q->nb[1]);
+                saved_queries::pack(layer, queries.is_exact, row, packed.data());
+                io.write(packed.data(), packed.size());
             }
         }
     }
@@ -259,6 +306,7 @@ struct kvmerge_engine::saved_state {
         sequence seq;
         int64_t  counts[kvmerge_observer::n_modalities];
         std::vector<std::pair<int32_t, kvmerge_row>> rows; // slot, row
+        std::vector<std::vector<float>>              q;    // [layer][rows*n_embd_head_k*n_head]
     };
 
     kvmerge_stats               stats = {};
@@ -375,8 +423,9 @@ void kvmerge_engine::read_sequence(llama_io_read_i & io, llama_seq_id s, const s
         kvmerge_refuse("a sequence is damaged");
     }
 
-    const auto n_rows = kvmerge_read<uint32_t>(io);
-    if (n_rows > (uint32_t) observer.n_slots_seq()) {
+    const auto is_exact = kvmerge_read<uint8_t> (io);
+    const auto n_rows   = kvmerge_read<uint32_t>(io);
+    if (is_exact > 1 || n_rows > (uint32_t) observer.n_slots_seq()) {
         kvmerge_refuse("the number of observed queries is damaged");
     }
 
@@ -392,8 +441,17 @@ void kvmerge_engine::read_sequence(llama_io_read_i & io, llama_seq_id s, const s
         cur.rows.push_back({ observer.first_slot(s) + slot, { order, modality } });
     }
     for (const auto & layer : layers) {
-        for (const auto & [slot, row] : cur.rows) {
-            io.read_tensor(layer.q, slot*layer.q->nb[1], layer.q->nb[1]);
+        const int64_t n = layer.q->ne[0];
+
+        std::vector<uint8_t> packed(saved_queries::row_size(layer, is_exact));
+
+        auto & q = cur.q.emplace_back(n*n_rows);
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            io.read(packed.data(), packed.size());
+            saved_queries::unpack(layer, is_exact, packed, q.data() + i*n);
+        }
+        if (!std::all_of(q.begin(), q.end(), [](float value) { return std::isfinite(value); })) {
+            kvmerge_refuse("an observed query is damaged");
         }
     }
 
@@ -449,8 +507,14 @@ void kvmerge_engine::state_read(llama_io_read_i & io, llama_seq_id seq_id, const
         sequences[s] = cur.seq;
 
         observer.restore(s, cur.counts);
-        for (const auto & [slot, row] : cur.rows) {
+        for (size_t i = 0; i < cur.rows.size(); ++i) {
+            const auto & [slot, row] = cur.rows[i];
+
             observer.set_row(slot, row);
+            for (size_t l = 0; l < layers.size(); ++l) {
+                const auto * q = layers[l].q;
+                ggml_backend_tensor_set(layers[l].q, cur.q[l].data() + i*q->ne[0], slot*q->nb[1], q->nb[1]);
+            }
         }
     }
 

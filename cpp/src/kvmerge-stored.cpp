@@ -12,7 +12,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x4d56474b; // "KGVM"
-static constexpr uint32_t STATE_VERSION = 8;
+static constexpr uint32_t STATE_VERSION = 9;
 
 // llama_kv_cache writes and reads K and V of a layer in runs of cells; where V lies transposed, once for every channel. Of
 // each pass over the cells the first ones are left out. That every pass goes over all cells, in whole ones, is checked: a

@@ -113,6 +113,9 @@ class KVCache:
         What merges; None when merging is off.
     bytes_per_cell : int
         Bytes of K and V of one cell over all layers; 0 where it is not known.
+    n_restored : int
+        How many tokens, from the first, were put back from a copy, which holds few of the queries
+        that a merge looks at.
 
     Notes
     -----
@@ -126,6 +129,7 @@ class KVCache:
         self.has_logits = False
         self.engine: Engine | None = None
         self.bytes_per_cell = 0
+        self.n_restored = 0
         self._context: Any = None
         # Index i is the position at which token i begins; the last known one is the next.
         self._positions: npt.NDArray[np.int32] = np.zeros(1, np.int32)
@@ -248,12 +252,13 @@ class KVCache:
         if n_tokens == 0:
             self._merges.clear()
         self._known = min(self._known, n_tokens)
+        self.n_restored = min(self.n_restored, n_tokens)
         self._spans = [span for span in self._spans if span.end <= n_tokens]
         return True
 
     def forget(self) -> None:
         """Claim nothing of what the cache holds."""
-        self.n_tokens = self._known = 0
+        self.n_tokens = self.n_restored = self._known = 0
         self._spans.clear()
         self._merges.clear()
         self.has_logits = False
@@ -462,7 +467,7 @@ class KVCache:
         known, n = len(snapshot.positions) - 1, len(snapshot.tokens)
         self.append(snapshot.tokens[:known].tolist(), snapshot.positions)
         self.ids[known:n] = snapshot.tokens[known:]
-        self.n_tokens = n
+        self.n_tokens = self.n_restored = n
 
     def _check(self, snapshot: Snapshot) -> None:
         """Check that the cells that were read are those of the tokens."""

@@ -58,7 +58,7 @@ def number(low: float = -1e30, high: float = 1e30) -> Check:
         if (
             isinstance(value, (bool, np.bool_))
             or not isinstance(value, Real)
-            or not low <= float(value) <= high
+            or not low <= value <= high  # whole numbers too large for a float as well
         ):
             bounds = "a finite number" if (low, high) == (-1e30, 1e30) else "a number"
             if low != -1e30 or high != 1e30:
@@ -115,7 +115,8 @@ def _shares(name: str, value: Any) -> list[float]:
     import llama_cpp
 
     most = int(llama_cpp.LLAMA_MAX_DEVICES)
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+    is_list = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    if isinstance(value, (str, bytes)) or not is_list:
         raise _error(name, value, "a list of numbers, one a device")
     if len(value) > most:
         raise _error(name, value, f"a list of at most {most} numbers, one a device")
@@ -148,6 +149,25 @@ def _numa(name: str, value: Any) -> bool | int:
 
 def _seed(name: str, value: Any) -> int:
     return int(whole(-1, 2**32 - 1)(name, value))
+
+
+def _tokenizer(name: str, value: Any) -> Any:
+    if not all(callable(getattr(value, method, None)) for method in ("tokenize", "detokenize")):
+        raise _error(name, value, "a llama_cpp.LlamaTokenizer, or another with its methods")
+    return value
+
+
+def _prompt(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    is_list = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    if isinstance(value, (bytes, bytearray, memoryview)) or not is_list:
+        raise _error(name, value, "a text or a list of tokens")
+    check = whole(-INT32)
+    return [
+        token if type(token) is int and -INT32 <= token <= INT32 else check(f"{name}[{i}]", token)
+        for i, token in enumerate(value)
+    ]
 
 
 def _stops(name: str, value: Any) -> Any:
@@ -282,7 +302,7 @@ LLAMA: dict[str, Check] = {
     "chat_format": or_none(_text),
     "chat_handler": or_none(_callable),
     "draft_model": or_none(_callable),
-    "tokenizer": _anything,
+    "tokenizer": or_none(_tokenizer),
     "type_k": _anything,  # by name too: `llama._cache_type`
     "type_v": _anything,
     "spm_infill": switch,
@@ -314,7 +334,7 @@ _SAMPLING: dict[str, Check] = {
 }
 
 COMPLETION: dict[str, Check] = _SAMPLING | {
-    "prompt": _anything,  # by `messages.check_text`, and by what reads it
+    "prompt": _prompt,
     "suffix": or_none(_text),
     "echo": switch,
     "logprobs": or_none(whole(0)),

@@ -167,6 +167,8 @@ class PromptReader:
                 "the pictures of this prompt are no longer in the cache: something else was read "
                 "in the meantime, call create_chat_completion() again"
             )
+        if merge:
+            keep = self._with_queries(keep, len(tokens))
         keep = self._go_back(prompt, tokens, keep, shared)
         self.cached_tokens = keep
 
@@ -187,6 +189,19 @@ class PromptReader:
                 self._note_end(tokens)
                 if merge:
                     self.merge()
+
+    def _with_queries(self, keep: int, n_tokens: int) -> int:
+        """Return how many tokens to keep so that a first merge finds the queries that it looks at.
+
+        A copy of a cache that was not merged brings few of them along: of the last tokens of the
+        prompt, text that came from one is read again.
+        """
+        cache, policy = self._cache, self._settings.kv_merge
+        if cache.engine is None or policy is None or cache.merges:
+            return keep
+        media = (span.end for span in cache.spans if span.end <= keep)
+        start = max([0, n_tokens - policy.window, *media])
+        return min(keep, start) if start < cache.n_restored else keep
 
     def _go_back(self, prompt: Prompt, tokens: list[int], keep: int, shared: int) -> int:
         """Keep the first tokens of the cache, or none; return how many."""

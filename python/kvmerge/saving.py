@@ -93,6 +93,21 @@ def origin_of(llm: StockLlama, policy: Policy | None) -> dict[str, Any]:
     }
 
 
+def _file(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(os.fsdecode(path)).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise StateError(f"{path!r} is no path: {error}") from error
+
+
+def _shown(file: Path) -> str:
+    return str(file).encode("utf-8", "backslashreplace").decode()
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
 # Writing.
 
 
@@ -122,11 +137,11 @@ def save(cache: KVCache, path: str | os.PathLike[str], about: dict[str, Any]) ->
     }
     header = json.dumps(fields, separators=(",", ":")).encode()
     start = _START.pack(MAGIC, FORMAT_VERSION, len(header), len(snapshot.cells))
-    file = Path(os.fsdecode(path)).expanduser()
+    file = _file(path)
     try:
         _write(file, [start, header, snapshot.cells])
-    except OSError as error:
-        raise StateError(f"the context cannot be saved to {file}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise StateError(f"the context cannot be saved to {_shown(file)}: {_why(error)}") from error
 
 
 def _mode(file: Path) -> int:
@@ -192,7 +207,7 @@ def load(
     n_vocab : int
         Tokens of the vocabulary.
     """
-    file = Path(os.fsdecode(path)).expanduser()
+    file = _file(path)
     header, cells = _read(file)
     try:
         snapshot = _snapshot(header, cells, n_vocab)
@@ -222,8 +237,8 @@ def _read(file: Path) -> tuple[dict[str, Any], bytearray]:
             cells = bytearray(cells_size)
             stream.readinto(cells)
             expected = stream.read(_DIGEST_SIZE)
-    except OSError as error:
-        raise StateError(f"{file} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise StateError(f"{_shown(file)} cannot be read: {_why(error)}") from error
     digest = hashlib.sha256(start)
     digest.update(header)
     digest.update(cells)

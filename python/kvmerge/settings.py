@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from llama_cpp.llama import Llama as StockLlama
@@ -77,6 +78,9 @@ class Settings:
         if policy is not None:
             policy.check_budget(budget)
         cap, whole = given["kv_max_cells"], option_table.whole(0)
+        tokens = option_table.or_none(option_table.whole(1))
+        if isinstance(given["image_merge"], Integral):
+            option_table.number(0, 1)("image_merge", int(given["image_merge"]))
         checked = {
             "kv_merge": policy,
             "kv_budget": budget,
@@ -84,6 +88,8 @@ class Settings:
             "kv_max_cells": None if cap is None else Cap(cap),
             "keep_last_images": whole("keep_last_images", given["keep_last_images"]),
             "kv_trace": option_table.switch("kv_trace", given["kv_trace"]),
+            "image_min_tokens": tokens("image_min_tokens", given["image_min_tokens"]),
+            "image_max_tokens": tokens("image_max_tokens", given["image_max_tokens"]),
             "media_access": _media_access(given["media_access"]),
         }
         return cls(**{**given, **checked})

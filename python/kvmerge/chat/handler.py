@@ -123,14 +123,6 @@ class ChatHandler(MTMDChatHandler):
         image_merge: ImageMerge | None = None,
     ) -> None:
         file = check_gguf(mmproj, "mmproj", ProjectorError)
-        for name, value in (
-            ("image_min_tokens", image_min_tokens),
-            ("image_max_tokens", image_max_tokens),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise OptionError(f"{name}={value!r}: {name} must be a whole number")
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value!r}: {name} must be at least 1")
         super().__init__(os.fspath(file), verbose=False)
         self._image_tokens = (image_min_tokens, image_max_tokens)
         self.image_cache = ImageCache(None) if image_cache is None else image_cache

@@ -37,8 +37,10 @@ _SOURCES = {
 _TEXT_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ELSEWHERE = ("file_id", "file")
 _MEDIA_KEYS = frozenset(
-    "image_url image images input_image audio_url audio input_audio video video_url videos "
-    "input_video file files file_id input_file source attachments".split()
+    "image_url image_urls image images image_path image_paths image_data input_image img photo "
+    "photos picture pictures audio_url audio audios input_audio video video_url videos input_video "
+    "file files file_id input_file document documents source media multi_modal_data attachments "
+    "experimental_attachments".split()
 )
 """Keys under which services hold media: never passed over."""
 
@@ -59,7 +61,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     OptionError
         If there are none, or one holds what cannot be shown to a model.
     """
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, bytes, Mapping)) or not _is_iterable(messages):
         raise OptionError(
             f"messages must be a list of messages, such as [{{'role': 'user', 'content': 'Hi'}}], "
             f"not {type(messages).__name__}"
@@ -172,6 +174,9 @@ def _message(message: Any, number: int) -> dict[str, Any]:
             f"{where} has {key!r} beside its content, which is not read: pictures are parts of the "
             "content, or base64 in 'images'"
         )
+    calls = made.get("tool_calls")
+    if not (_is_nothing(calls) or isinstance(calls, (list, tuple))):
+        raise OptionError(f"{where} has 'tool_calls' of type {type(calls).__name__}: not a list")
     content = made.get("content")
     if content is None:
         calls = made.get("tool_calls"), made.get("function_call")
@@ -182,7 +187,7 @@ def _message(message: Any, number: int) -> dict[str, Any]:
         check_text(content, where)
         made["content"] = [*pictures, {"type": "text", "text": content}] if pictures else content
         return made
-    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
+    if isinstance(content, (bytes, Mapping)) or not _is_iterable(content):
         raise OptionError(
             f"{where} has a content of type {type(content).__name__}: it must be a text or a list "
             "of parts"
@@ -224,7 +229,13 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         raise OptionError(
             f"{where} is of the type {kind!r} and has {key!r} as well, which is not read there"
         )
-    source = next((made[key] for key in own if key in made), None)
+    given = [key for key in own if made.get(key) is not None]
+    if len(given) > 1:
+        raise OptionError(
+            f"{where} is of the type {kind!r} and has {given[0]!r} and {given[1]!r}: it is one "
+            "picture or sound"
+        )
+    source = made[given[0]] if given else None
     if isinstance(source, Mapping):
         for key in _ELSEWHERE:
             if source.get(key) is not None:
@@ -240,6 +251,11 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         )
     check_text(made, where)
     return {**made, "type": "text", "text": text}
+
+
+def _is_iterable(value: object) -> bool:
+    """Whether a value can be gone through; an array of no dimension only says that it can."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 def _is_nothing(value: object) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["MediaPart", "as_png", "find_media"]
 
 
 def __getattr__(name: str) -> Any:
-    # Pillow waits until there is a picture.
-    if name not in __all__:
+    # Pillow waits until there is a picture. `_png` is what `as_png` was before it took all sources.
+    if name not in (*__all__, "_png"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(".part", __name__), name)

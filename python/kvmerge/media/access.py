@@ -222,7 +222,7 @@ class MediaAccess:
             handlers.append(urllib.request.ProxyHandler())
         for handler in handlers:
             opener.add_handler(handler)
-        request = urllib.request.Request(url, headers={"User-Agent": "kvmerge"})
+        request = urllib.request.Request(_quoted(url), headers={"User-Agent": "kvmerge"})
         with opener.open(request, timeout=self.timeout_s) as response:
             announced = int(response.headers.get("Content-Length") or 0)
             if announced > self.max_bytes:
@@ -285,6 +285,13 @@ def is_public(address: str) -> bool:
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def _quoted(url: str) -> str:
+    """Return a URL in which what follows the host is written as browsers do: é becomes %C3%A9."""
+    scheme, host, *rest = urllib.parse.urlsplit(url)
+    quoted = [urllib.parse.quote(part, safe="%/:=&?~+!$,;'@()*[]") for part in rest]
+    return urllib.parse.urlunsplit((scheme, host, *quoted))
 
 
 def _is_list(value: object, kind: Any) -> bool:

@@ -36,6 +36,9 @@ ACCEPTED_FORMATS = {
 _SHOWN = 80
 _LONGEST_PATH = 1 << 15
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
+_WRITTEN_AS_BYTES = re.compile(rb"\s*data:|[A-Za-z0-9+/_=\s-]{16,}\Z", re.IGNORECASE)
+"""Text that is still the bytes that ``base64.b64encode`` gives."""
+
 _SOUND = re.compile(rb"RIFF....WAVE|ID3|fLaC|\xff[\xe0-\xff]", re.DOTALL)
 
 
@@ -199,19 +202,27 @@ class MediaPart:
 
     def _opened(self, source: Any) -> bytes:
         """Read an open file, and put it back to where it stood, for the next call."""
+        most, start, data = self.access.max_bytes, None, bytearray()
         try:
-            start = source.tell() if source.seekable() else None
-            data = source.read(self.access.max_bytes + 1)
+            if hasattr(source, "seekable") and source.seekable():
+                start = source.tell()
+            # What is not buffered, such as a socket, gives less than it is asked for.
+            while (piece := source.read(most + 1 - len(data))) and len(data) <= most:
+                if isinstance(piece, str):
+                    raise self.error("is a file opened as text: open it with mode 'rb'")
+                if not isinstance(piece, (bytes, bytearray)):
+                    raise self.error(f"is a file that gives {type(piece).__name__}, not bytes")
+                data += piece
             if start is not None:
                 source.seek(start)
+        except MediaError:
+            raise
         except Exception as error:  # It may be an object of any class.
             raise self.error(f"cannot be read: {type(error).__name__}") from error
-        if isinstance(data, str):
-            raise self.error("is a file opened as text: open it with mode 'rb'")
-        if not isinstance(data, (bytes, bytearray)):
-            raise self.error(f"is a file that gives {type(data).__name__}, not bytes")
-        if len(data) > self.access.max_bytes:
-            raise self.error(f"is larger than {self.access.max_bytes} bytes")
+        if len(data) > most:
+            raise self.error(f"is larger than {most} bytes")
+        if not data and start:
+            raise self.error("is an open file that stands at its end: call its seek(0)")
         return bytes(data)
 
     @cached_property
@@ -251,6 +262,8 @@ class MediaPart:
 
     def _path(self, name: str) -> Path:
         scheme = _scheme(name)
+        if not name.strip():
+            raise self.error("is empty")
         if len(name) > _LONGEST_PATH:
             raise self.error(f"has {len(name)} characters, and is no base64 of a {self.modality}")
         if scheme == "file":
@@ -339,5 +352,7 @@ def find_media(messages: Any, access: MediaAccess | None = None) -> list[MediaPa
                     raise MediaPart(counts[modality], modality, None).error(
                         f"has no {part['type']!r} content"
                     )
+                if isinstance(source, bytes) and _WRITTEN_AS_BYTES.match(source):
+                    source = source.decode("latin-1")
                 found.append(MediaPart(counts[modality], modality, source, access))
     return found

@@ -23,6 +23,9 @@ _RANGES = {
 Such pictures do not say what white is, and Pillow itself makes all of these.
 """
 
+_SAY_SIXTEEN_BITS = (("PNG", "I"), ("PNG", "I;16"), ("TIFF", "I;16"), ("JPEG2000", "I;16"))
+"""Files, with their mode, in which white is 65535, however dark the picture is."""
+
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -179,6 +182,8 @@ def _is_cut_off(format: str, data: bytes) -> bool:
         return not _has_end_of_gif(data)
     if format == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if format == "ICNS":
+        return len(data) < int.from_bytes(data[4:8], "big")
     if format == "BMP":
         return len(data) < int.from_bytes(data[2:6], "little")
     if format in ("AVIF", "JPEG2000"):
@@ -273,11 +278,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     mode = "I;16" if image.mode.startswith("I;16") else image.mode
+    ranges = (65535,) if (image.format, mode) in _SAY_SIXTEEN_BITS else _RANGES[mode]
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0:
         raise PictureError(f"has values from {low:g} to {high:g}, where 0 is black")
-    for white in _RANGES[mode]:
+    for white in ranges:
         if high <= white:
             break
     else:
