@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -280,6 +282,39 @@ def test_stream_that_is_overtaken(llama: Factory, prompt: pocket.Prompt) -> None
         with pytest.raises(errors.StateError, match="before this stream ended"):
             next(stream)
         assert text_of(ctx.ask(prompt.questions[1].text)) == first
+
+
+@MERGE
+def test_threads_ask_contexts(merge: str | None, llama: Factory) -> None:
+    """Each question is one call, from putting the state back to the end of the answer."""
+    llm = llama(kv_merge=merge)
+    prompts = [pocket.make_prompt(np.random.default_rng(seed), 2) for seed in (1, 2)]
+    wrong: list[Any] = []
+    with ExitStack() as stack:
+        contexts = [stack.enter_context(llm.context(p.context(), **GREEDY)) for p in prompts]
+        questions = [p.questions[0].text for p in prompts]
+        asked = list(zip(contexts, questions, strict=True))
+        right = [text_of(context.ask(question)) for context, question in asked]
+
+        def ask(first: int) -> None:
+            for i in range(first, first + 6):
+                context, question = asked[i % 2]
+                try:
+                    if i % 3:
+                        answer = text_of(context.ask(question))
+                    else:
+                        answer = streamed(context.ask(question, stream=True))
+                    if answer != right[i % 2]:
+                        wrong.append(answer)
+                except errors.KVMergeError as error:
+                    wrong.append(error)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
 
 
 def test_questions_that_do_not_fit(llama: Factory, prompt: pocket.Prompt) -> None:

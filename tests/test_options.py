@@ -37,9 +37,9 @@ from kvmerge import errors, options, pocket
 VALUES = ["None", "True", "-1", "0", "1", "'x'", "''", "2**31", "2**32", "2**63", "10**12",
           "-2**31 - 1", "1.5", "1e-45", "1e39", "float('nan')", "float('inf')", "-float('inf')",
           "b'x'", "[]", "['x']", "{}", "{'x': 1}", "{-1: 1}", "{2**40: 1}", "{5: float('nan')}",
-          "object()", "[float('nan')]", "(1,) * 1000", "1j", "10**400", "'\\ud800'", "'a\\0b'",
-          "np.array(1)", "np.array([1, 2])", "np.float32(0.5)", "Decimal(1)", "Fraction(1, 2)",
-          "[[1]]", "[10**6]", "[-1]", "[2**40]", "[1.5]", "[None]"]
+          "object()", "[float('nan')]", "(1,) * 1000", "1j", "10**400", "chr(0xD800)",
+          "'a' + chr(0)", "np.array(1)", "np.array([1, 2])", "np.float32(0.5)", "Decimal(1)",
+          "Fraction(1, 2)", "[[1]]", "[10**6]", "[-1]", "[2**40]", "[1.5]", "[None]"]
 method, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 owner = kvmerge.Llama if sys.argv[4] == "ours" else Stock
 OPENAI = list(kvmerge.options.OPENAI) if sys.argv[1] != "__init__" else []

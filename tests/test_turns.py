@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvmerge import Llama, pocket
@@ -138,6 +139,53 @@ def test_threads_share_a_model(llm: Llama) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+TEXTS = ["The code of the old box is five. " * n for n in (2, 7, 11)]
+
+
+def test_threads_embed() -> None:
+    """Texts that are turned into vectors take their turns too, and a close ends them."""
+    llm = make(embedding=True, pooling_type=1)
+    right = [llm.embed(text) for text in TEXTS]
+    wrong: list[Any] = []
+
+    def embed(first: int) -> None:
+        for i in range(first, first + 30):
+            if not np.allclose(llm.embed(TEXTS[i % 3]), right[i % 3], atol=1e-4):
+                wrong.append(i)
+
+    def embed_on() -> None:
+        while True:
+            try:
+                llm.embed(TEXTS)
+            except ClosedError:
+                ended.set()
+                return
+
+    threads = [threading.Thread(target=embed, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    ended = threading.Event()
+    thread = threading.Thread(target=embed_on)
+    thread.start()
+    time.sleep(0.2)
+    llm.close()
+    thread.join(60)
+    assert ended.is_set()
+
+
+def test_embeddings_of_nothing() -> None:
+    with make(embedding=True, pooling_type=1) as llm:
+        for nothing in (None, 5, [], [1], b"x", "\ud800"):
+            with pytest.raises(OptionError):
+                llm.embed(nothing)
+        assert len(llm.create_embedding(TEXTS)["data"]) == 3
+    with make() as llm, pytest.raises(StateError, match="embedding=True"):
+        llm.embed("x")
 
 
 @pytest.mark.parametrize("merge", [None, "mosaic"])

@@ -16,7 +16,14 @@ from llama_cpp.llama import Llama as StockLlama
 from .cache import KVCache
 from .chat.messages import check_messages, check_text
 from .chat.request import Request
-from .errors import MediaError, OptionError, UnsupportedError
+from .errors import (
+    DecodeError,
+    KVMergeError,
+    MediaError,
+    OptionError,
+    StateError,
+    UnsupportedError,
+)
 from .prompt import Prompt
 from .reading import PromptReader
 from .sampling import Processors, plain, with_bias
@@ -370,6 +377,38 @@ class AnsweringLlama(StockLlama):
                 f"the messages show {len(found)} pictures or sounds, and this model was loaded "
                 "without a vision part: pass mmproj= to Llama"
             )
+
+    @takes_turn
+    def embed(self, input: Any, *args: Any, **options: Any) -> Any:
+        """Turn texts into vectors; see `llama_cpp.Llama.embed`. What the cache held is gone then.
+
+        Raises
+        ------
+        StateError
+            Without ``embedding=True``.
+        OptionError
+            If the input is no text or list of texts.
+        """
+        if not self.context_params.embeddings:
+            raise StateError("embed() needs a Llama that was made with embedding=True")
+        texts = [input] if isinstance(input, str) else input
+        is_list = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+        if not is_list or not texts:
+            raise OptionError(f"embed() takes a text or a list of texts, not {texts!r:.80}")
+        check_text(texts, "input")
+        try:
+            return super().embed(input, *args, **options)
+        except KVMergeError:
+            raise
+        except RuntimeError as error:
+            raise DecodeError(f"llama.cpp could not embed the input: {error}") from error
+        finally:
+            self.kv_cache.clear()
+
+    @looks
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Turn text, which is UTF-8, into tokens; see `llama_cpp.Llama.tokenize`."""
+        return super().tokenize(text, add_bos, special)
 
     @looks
     def detokenize(

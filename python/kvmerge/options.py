@@ -358,7 +358,7 @@ CHAT: dict[str, Check] = _SAMPLING | {
 OPENAI: dict[str, Check] = {
     "max_completion_tokens": or_none(whole(-INT32)),
     "stream_options": or_none(_stream_options),
-    "n": or_none(_anything),
+    "n": or_none(whole(1)),
 }
 """Options that OpenAI has for every answer, and llama-cpp-python has not."""
 
@@ -422,7 +422,7 @@ def of_call(
     given = checked(table | OPENAI, given)
     if (most := given.pop("max_completion_tokens", None)) is not None:
         given["max_tokens"] = most
-    if (answers := given.pop("n", None)) not in (None, 1):
+    if (answers := given.pop("n", None) or 1) != 1:
         raise UnsupportedError(
             f"n={answers!r}: one answer is written at a time, so n must be 1; ask again for another"
         )

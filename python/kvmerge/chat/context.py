@@ -17,6 +17,7 @@ from ..errors import OptionError, StateError, UnsupportedError
 from ..media.part import find_media
 from ..model import Model
 from ..prompt import Prompt
+from ..turns import takes_turn
 from .handler import ChatHandler
 from .messages import check_messages
 from .request import Request
@@ -58,10 +59,16 @@ class Context:
         What all questions are about.
     options : dict
         Options of `Llama.create_chat_completion` for all questions.
+
+    Attributes
+    ----------
+    turns : Turns
+        Those of the model: entering and asking are one call each, as others of it.
     """
 
     def __init__(self, llama: Model, messages: Sequence[Any], options: dict[str, Any]) -> None:
         self._llama = llama
+        self.turns = llama.turns
         self._messages = check_messages(messages)
         self._given = options
         self._options = self._request({}).options
@@ -70,8 +77,8 @@ class Context:
         self._joins = False
         self._asked = 0
 
+    @takes_turn
     def __enter__(self) -> Context:
-        self._llama.turns.check_open()
         self._llama.check_media(self._messages)
         with self._chat.start(self._messages, self._longer_chats(), self._options) as prompt:
             self._llama.read(prompt, answer=False)
@@ -115,6 +122,7 @@ class Context:
 
     # Asking.
 
+    @takes_turn
     def ask(self, question: str | Sequence[Any], **options: Any) -> Any:
         """Answer a question about the messages.
 
@@ -138,7 +146,6 @@ class Context:
             it ended.
         """
         base, llama = self._base, self._llama
-        llama.turns.check_open()
         if base is None:
             raise StateError("this context is not open: ask inside its `with` block")
         if not question:
@@ -152,7 +159,9 @@ class Context:
         self._return_to(base)
         answer = self._answer(base, messages, request.options)
         answer = request.shape(answer, llama.usage)
-        return self._until_next(answer) if request.options["stream"] else answer
+        if not request.options["stream"]:
+            return answer
+        return self.turns.stream(self._until_next(answer))
 
     def _request(self, options: dict[str, Any]) -> Request:
         chat_format = self._llama.chat_format if self._llama.chat_handler is None else None
