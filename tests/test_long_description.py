@@ -1,4 +1,4 @@
-"""What an index of packages shows of the README: no link that leads nowhere, and all files named."""
+"""What an index of packages shows of the README: files are named, and no link leads nowhere."""
 
 from __future__ import annotations
 
