@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -230,3 +231,74 @@ def test_biases_beside_a_logits_processor(llm: kvmerge.Llama) -> None:
         for processors in (None, [lambda tokens, scores: scores])
     ]
     assert [each["choices"][0]["text"] for each in text] == [" box box"] * 2
+
+
+# What cannot be done is refused, instead of something else being done.
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "https://127.0.0.1:1/schema"},
+        {"type": "string", "pattern": "^[a-$"},
+        {"not": {}},
+        {"enum": []},
+        {"anyOf": []},
+        {"type": "string", "maxLength": 2500},
+        {"type": "string", "maxLength": 30000},
+    ],
+    ids=lambda schema: json.dumps(schema),
+)
+def test_a_schema_that_no_answer_can_follow(schema: Any, llama: Factory) -> None:
+    """Of the last three, sampling would end the process."""
+    llm = llama(mmproj=None)
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for given in (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+        {"response_format": {"type": "json_object", "schema": schema}},
+        {"tools": [tool], "tool_choice": "required"},
+        {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    ):
+        with pytest.raises(errors.OptionError, match="JSON schema"):
+            llm.create_chat_completion(HELLO, max_tokens=8, **given)
+    assert said(llm.create_chat_completion(HELLO, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "rules", ["", "nonsense", "root ::= )", "other ::= [a-z]", "root ::= root", "root ::= (" * 3000]
+)
+def test_a_grammar_that_cannot_be_read(rules: str, llama: Factory) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_string(rules)
+    llm = llama(mmproj=None)
+    with pytest.raises(errors.OptionError, match="grammar"):
+        llm.create_completion("Hello", grammar=grammar, max_tokens=2)
+    with pytest.raises(errors.OptionError, match="grammar"):
+        llm.create_chat_completion(HELLO, grammar=grammar, max_tokens=2)
+
+
+def test_brackets_in_the_text_of_a_grammar_are_not_counted(llama: Factory) -> None:
+    rules = 'root ::= "' + "(" * 3000 + '" [(] # ' + "(" * 3000
+    grammar = llama_cpp.LlamaGrammar.from_string(rules)
+    answer = llama(mmproj=None).create_completion("Hello", grammar=grammar, max_tokens=3)
+    assert set(answer["choices"][0]["text"]) == {"("}
+
+
+def test_log_probabilities_of_a_chat(llm: kvmerge.Llama) -> None:
+    """Also where no others than those of the answer itself are asked for."""
+    for top in (None, 0, 2):
+        answer = llm.create_chat_completion(HELLO, logprobs=True, top_logprobs=top, **GREEDY)
+        tokens = answer["choices"][0]["logprobs"]["content"]
+        assert tokens
+        assert all(token["logprob"] <= 0 for token in tokens)
+        assert all(len(token["top_logprobs"]) in (top or 0, (top or 0) + 1) for token in tokens)
+    with pytest.raises(errors.OptionError, match="top_logprobs needs logprobs=True"):
+        llm.create_chat_completion(HELLO, top_logprobs=2, **GREEDY)
+
+
+def test_an_answer_does_not_end_at_an_empty_text(llm: kvmerge.Llama) -> None:
+    for stop in ("", [""], ["x", ""]):
+        with pytest.raises(errors.OptionError, match="stop must be"):
+            llm.create_chat_completion(HELLO, stop=stop, **GREEDY)
+    assert said(llm.create_chat_completion(HELLO, stop=[], **GREEDY))

@@ -19,6 +19,8 @@ LONGEST = 100
 OF_OTHERS = {
     "_base_path": "llama_cpp.llama_cpp",
     "_chat_handlers": "llama_cpp's registry of chat formats",
+    "_grammar": "llama_cpp.LlamaGrammar",
+    "_root": "llama_cpp.LlamaGrammar",
 }
 """Private members of upstream that have no public name, and whose they are."""
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from llama_cpp.llama import Llama as StockLlama
 
 from .cache import KVCache
+from .chat.grammar import check_grammar
 from .chat.messages import check_messages, check_text
 from .chat.request import Request
 from .errors import (
@@ -294,6 +295,8 @@ class AnsweringLlama(StockLlama):
         """Complete a text; see `llama_cpp.Llama.create_completion`."""
         request = Request.completion(args, options)
         self._check_logits(request.options)
+        if (grammar := request.options.get("grammar")) is not None:
+            check_grammar(grammar, self._model.vocab)
         for name, value in request.options.items():
             if name != "prompt" or isinstance(value, str):
                 check_text(value, name)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .chat.grammar import check_schema
 from .chat.tool_calls import check_tools
 from .errors import OptionError, UnknownOptionError, UnsupportedError, did_you_mean
 
@@ -171,11 +172,11 @@ def _prompt(name: str, value: Any) -> Any:
 
 
 def _stops(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)) and all(isinstance(stop, str) for stop in value):
-        return list(value)
-    raise _error(name, value, "a text or a list of texts")
+    stops = [value] if isinstance(value, str) else value
+    # Every answer would end at an empty text before it begins.
+    if isinstance(stops, (list, tuple)) and all(isinstance(stop, str) and stop for stop in stops):
+        return list(stops)
+    raise _error(name, value, "a text or a list of texts, none of them empty")
 
 
 def _biases(name: str, value: Any) -> dict[int, float]:
@@ -250,9 +251,11 @@ def _response_format(name: str, value: Any) -> Any:
         if not isinstance(schema, Mapping):
             raise _error(name, value, 'of the form {"json_schema": {"schema": {...}}}')
         # What llama-cpp-python calls the same thing.
-        return {"type": "json_object", "schema": dict(schema)}
+        return {"type": "json_object", "schema": check_schema(name, schema)}
     if kind not in ("text", "json_object"):
         raise _error(name, value, kinds)
+    if kind == "json_object" and value.get("schema") is not None:
+        return {**value, "schema": check_schema(name, value["schema"])}
     return dict(value)
 
 
@@ -377,6 +380,14 @@ def checked(table: Mapping[str, Check], options: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _choose_logprobs(given: dict[str, Any]) -> None:
+    """Give a chat the log probabilities of its tokens also where no others are asked for."""
+    if given.get("logprobs"):
+        given["top_logprobs"] = given.get("top_logprobs") or 0
+    elif given.get("top_logprobs"):
+        raise OptionError("top_logprobs needs logprobs=True beside it")
+
+
 def of_call(
     method: Callable[..., Any],
     table: Mapping[str, Check],
@@ -420,6 +431,8 @@ def of_call(
                 f"{method.__name__} has no option {name!r}.{did_you_mean(name, known)}"
             )
     given = checked(table | OPENAI, given)
+    if "top_logprobs" in table:
+        _choose_logprobs(given)
     if (most := given.pop("max_completion_tokens", None)) is not None:
         given["max_tokens"] = most
     if (answers := given.pop("n", None) or 1) != 1:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import OptionError, UnsupportedError
+from .grammar import check_schema
 
 _BEGINNING = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
 
@@ -71,10 +72,16 @@ def choose(options: dict[str, Any], chat_format: str | None) -> tuple[dict[str, 
     names = [tool["function"]["name"] for tool in tools]
     if isinstance(choice, Mapping) and tools and choice["function"].get("name") not in names:
         raise OptionError(f"tool_choice={dict(choice)}: the tools are {', '.join(names)}")
+    if choice == "required" and not tools:
+        raise OptionError("tool_choice='required' needs tools=, which has none")
+    for tool in tools:
+        if choice == "required" or (
+            isinstance(choice, Mapping)
+            and choice["function"].get("name") == tool["function"]["name"]
+        ):
+            check_schema(f"tool {tool['function']['name']!r}", tool["function"]["parameters"])
     if choice != "required":
         return options, False
-    if not tools:
-        raise OptionError("tool_choice='required' needs tools=, which has none")
     if len(tools) == 1:
         one = {"type": "function", "function": {"name": names[0]}}
         return {**options, "tool_choice": one}, False
