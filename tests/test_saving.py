@@ -430,6 +430,13 @@ def test_closed(llama: Factory, saved: Path) -> None:
             call(saved)
 
 
+@pytest.mark.parametrize("options", [{}, MERGED], ids=["off", "on"])
+def test_no_state(options: dict[str, Any], llama: Factory) -> None:
+    for nothing in (None, 5, b"x", {}):
+        with pytest.raises(errors.StateError, match="what save_state"):
+            llama(**options).load_state(nothing)
+
+
 def test_refused_states_leave_the_cache(held: Held, saved: Path, llama: Factory) -> None:
     """`load_state`, of llama-cpp-python, keeps to the same rule."""
     held.llm.load_context(saved)
@@ -462,8 +469,9 @@ def test_links_pipes_and_modes(llama: Factory, tmp_path: Path) -> None:
     assert link.is_symlink()
     assert real.stat().st_size > 0
     assert real.stat().st_mode & 0o777 == 0o640
-    with pytest.raises(errors.StateError, match="not a regular file"):
-        llm.save_context(pipe)
+    for use in (llm.save_context, llm.load_context):  # Neither waits for another side.
+        with pytest.raises(errors.StateError, match="not a regular file"):
+            use(pipe)
     assert pipe.is_fifo()
     before = os.umask(0o027)
     try:

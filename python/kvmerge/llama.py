@@ -408,6 +408,8 @@ class Llama(AnsweringLlama):
             this model has none, or the other way round, or with another policy.
             What the cache held is still there then.
         """
+        if not isinstance(state, LlamaState):
+            raise StateError(f"{type(state).__name__} is not what save_state() returns")
         saved = isinstance(state, SavedState) and state.is_merging
         if saved != (self.kv_cache.engine is not None):
             with_, here = ("with", "without") if saved else ("without", "with")

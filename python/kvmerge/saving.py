@@ -230,6 +230,8 @@ def load(
 def _read(file: Path) -> tuple[dict[str, Any], bytearray]:
     """Return header and cells of a file that is whole."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode) and not file.is_dir():
+            raise OSError(0, "it is not a regular file")  # A pipe would have to be waited for.
         with file.open("rb") as stream:
             start = stream.read(_START.size)
             header_size, cells_size = _sizes(file, start, os.fstat(stream.fileno()).st_size)
