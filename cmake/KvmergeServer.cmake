@@ -26,6 +26,7 @@ function(kvmerge_add_server llama_cpp_dir)
     target_include_directories(server-context PRIVATE
         "${KVMERGE_SOURCE_DIR}/cpp/server" "${KVMERGE_SOURCE_DIR}/cpp/include")
 
+    target_link_libraries(server-context PRIVATE cpp-httplib) # it fetches, with HTTPS where that is built in
     target_include_directories(llama-server-impl PRIVATE "${KVMERGE_SOURCE_DIR}/cpp/server")
 
     if(KVMERGE_BUILD_TOOLS)

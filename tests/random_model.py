@@ -38,6 +38,17 @@ class Shape:
         return self.heads * self.head_size
 
 
+def write_tokens(writer: gguf.GGUFWriter, vocabulary: Path | None) -> None:
+    """Give a model the tokens of a GGUF, or none."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    for field in gguf.GGUFReader(vocabulary).fields.values():
+        if field.name.startswith("tokenizer."):
+            kind, *inner = field.types
+            writer.add_key_value(field.name, field.contents(), kind, *inner[-1:])
+
+
 def write_random_model(
     path: Path,
     shape: Shape,
@@ -45,6 +56,7 @@ def write_random_model(
     seed: int = 0,
     quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16,
     head_order: Sequence[int] | None = None,
+    vocabulary: Path | None = None,
 ) -> Path:
     """Write a GGUF with random weights that llama.cpp loads.
 
@@ -60,6 +72,8 @@ def write_random_model(
         Type of the matrices; norms are F32.
     head_order
         Order of the KV heads, each with its group of query heads: the model says the same in any.
+    vocabulary
+        GGUF whose tokens it has, `shape.vocab` of them.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, shape.arch)
@@ -81,7 +95,7 @@ def write_random_model(
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab)
-    writer.add_tokenizer_model("no_vocab")
+    write_tokens(writer, vocabulary)
 
     def matrix(
         name: str, rows: int, columns: int, gain: float = 1.0, heads: int | None = None
@@ -101,8 +115,7 @@ def write_random_model(
     def norm(name: str, size: int = shape.embedding) -> None:
         writer.add_tensor(name, np.ones(size, dtype=np.float32))
 
-    has_head_norms = shape.arch in ("gemma3", "lfm2")
-    kv = shape.heads_kv * shape.head_size
+    has_head_norms, kv = shape.arch in ("gemma3", "lfm2"), shape.heads_kv * shape.head_size
     matrix("token_embd.weight", shape.vocab, shape.embedding, gain=shape.embedding**0.5)
     matrix("output.weight", shape.vocab, shape.embedding)
     norm("token_embd_norm.weight" if shape.arch == "lfm2" else "output_norm.weight")

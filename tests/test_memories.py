@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from kvmerge.errors import KVMergeError, UnsupportedError
-from kvmerge.policies import FlowMM
+from kvmerge.policies import Auto, FlowMM
 from mrope_model import write_mrope_model
 from random_model import Shape, write_random_model
 from session import Session, llama_cpp
@@ -251,6 +251,57 @@ def test_a_copied_beginning_has_seen_no_more_than_that(make: Make) -> None:
         session.engine.merge(40, 1)
         order = session.engine.read_cells(0, 1).order
         assert order.max() == 109
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mrope"], indirect=True)
+@pytest.mark.parametrize("start", [60, 100])
+def test_it_can_be_cut_where_nothing_was_merged(make: Make, start: int) -> None:
+    """A recurrent part cannot; the text in front of the first picture stays with `auto`."""
+    options = {"merge": Auto(window=8).engine_params(), "swa_full": True}
+    with make(**options) as session, make(**options) as fresh:
+        read(session)
+        session.engine.merge(513)  # of 500 words and a picture
+        assert session.engine.n_cells() == 513
+        assert not session.remove(101, -1)  # in the picture
+        assert not session.remove(20, start)  # what comes behind was merged
+        assert session.remove(start, -1)
+        assert session.engine.n_tokens() == session.engine.n_cells() == start
+        fresh.decode(words(100, 0)[:start], position=0)
+        for position in (start, start + 50):
+            logits = [s.decode(words(50, 7), position=position) for s in (session, fresh)]
+            np.testing.assert_allclose(*logits, atol=2e-2)
+        session.position = start + 100
+        with session.engine.media("image"):
+            session.decode(
+                embeddings=np.random.default_rng(1).standard_normal((64, session.n_embd))
+            )
+        session.decode(words(20, 9))
+        session.engine.merge(start + 130)
+        assert session.engine.n_cells() == start + 130
+        assert session.engine.n_tokens() == start + 184
+        assert np.isfinite(session.decode([1])).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"], indirect=True)
+@pytest.mark.parametrize("after", [0, 1, 3, 6])
+def test_a_picture_at_the_end_can_be_gone_on_from(make: Make, after: int) -> None:
+    """Its tokens are merged although they are among the last: none of them can be removed."""
+    with make(merge=Auto(window=8).engine_params(), swa_full=True) as session:
+        session.decode(words(100, 0))
+        with session.engine.media("image"):
+            session.decode(
+                embeddings=np.random.default_rng(0).standard_normal((64, session.n_embd))
+            )
+        if after:
+            session.decode(words(after, 1))
+        session.engine.merge(113 + after)
+        assert session.engine.n_cells() == 113 + after
+        last = session.position - 1
+        assert session.remove(last, -1) == (after > 0)
+        if after:
+            assert np.isfinite(session.decode([1], position=last)).all()
+        assert not session.remove(session.position - after - 1, -1)
+        assert np.isfinite(session.decode([1])).all()
 
 
 @pytest.mark.parametrize("n_seq_max", [1, 2])

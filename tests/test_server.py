@@ -161,6 +161,26 @@ def test_an_oldest_picture_that_is_dropped_is_read_again(merging: Server) -> Non
     assert "reading the whole prompt again" in merging.log or answer.cached == 0
 
 
+def test_an_oldest_picture_that_is_dropped_costs_no_more_than_upstream(
+    merging: Server, plain: Server
+) -> None:
+    """What stands in front of it is not read again."""
+    prompt = album(15)
+    said = [{"role": "system", "content": "red blue green " * 20}]
+    pictures, question = prompt.messages(0)
+    content = pictures["content"]
+    oldest = [i for i, part in enumerate(content) if part["type"] != "text"][0]
+    shorter = {**pictures, "content": content[:oldest] + content[oldest + 1 :]}
+    read = []
+    for server in (merging, plain):
+        server.chat([*said, pictures, question])
+        answer = server.chat([*said, shorter, question])
+        assert answer.cached > 60
+        read.append(answer["timings"]["prompt_n"])
+    assert read[0] <= read[1]
+    assert "the rest is read again" in merging.log
+
+
 def test_several_answers_to_one_prompt(merging: Server) -> None:
     messages = album(7).messages(0)
     one, three = merging.chat(messages), merging.chat(messages, n=3)

@@ -1,9 +1,10 @@
 """Run upstream's own server tests: ``python tools/upstream_server_tests.py``.
 
 On llama-server as it is upstream, on ours with merging off, and on ours with merging on.  The
-models that the tests want to download are not there: others stand in for them, so tests that know
-what a model says fail on all three.  It fails when a test passes on upstream's server and not on
-ours with merging off, and lists those that fail with merging on only.
+models that the tests want to download are not there: one of random weights, and the pocket model
+where pictures are shown, stand in for them, so tests that know what a model says fail on all three.
+It fails when a test passes on upstream's server and not on ours with merging off, and lists those
+that fail with merging on only.
 
 Upstream's server is built from the pinned source on the first call, which takes minutes.  What the
 tests import has to be installed: openai, aiohttp, prometheus-client, requests, filelock, wget.
@@ -25,7 +26,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent / "upstream_server"
-IMPORTED = ("aiohttp", "filelock", "numpy", "openai", "prometheus_client", "requests", "wget")
+IMPORTED = (
+    "aiohttp",
+    "filelock",
+    "gguf",
+    "numpy",
+    "openai",
+    "prometheus_client",
+    "requests",
+    "wget",
+)
 TEXT = {
     "ggml-org/test-model-stories260K": "stories260K-f32.gguf",
     "ggml-org/test-model-stories260K-infill": "stories260K-infill-f32.gguf",
@@ -157,7 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stock", type=Path, help="a llama-server of upstream, built before")
     parser.add_argument("--no-stock", action="store_true", help="only run ours")
-    parser.add_argument("--model", type=Path, help="GGUF that stands in for models of text")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="GGUF that stands in for models of text (default: random weights)",
+    )
     parser.add_argument("--kv-merge", default="auto")
     parser.add_argument("--kv-budget", default="0.2")
     parser.add_argument("--port", type=int, default=18080)
@@ -171,8 +185,8 @@ def main() -> None:
 
     need(*IMPORTED, programs=("cmake",))
 
-    from kvmerge import pocket
     from kvmerge.commands.serve import program
+    from random_model import Shape, write_random_model
 
     tree = pristine()
     merging = {"LLAMA_ARG_KV_MERGE": args.kv_merge, "LLAMA_ARG_KV_BUDGET": args.kv_budget}
@@ -182,11 +196,18 @@ def main() -> None:
         runs.insert(0, Run("upstream", stock.resolve()))
     with tempfile.TemporaryDirectory() as folder:
         scratch = args.keep or Path(folder)
-        # They look for templates beside themselves.
+        # They look for templates and a picture beside themselves.
         shutil.copytree(tree / "models" / "templates", scratch / "models" / "templates")
+        (scratch / "tools" / "mtmd").mkdir(parents=True)
+        shutil.copy(tree / "tools" / "mtmd" / "test-1.jpeg", scratch / "tools" / "mtmd")
         tests = scratch / "tools" / "server" / "tests"
         shutil.copytree(tree / "tools" / "server" / "tests", tests)
-        given = stand_in(scratch, args.model or pocket.model_path())
+        model = args.model or write_random_model(
+            scratch / "random.gguf",
+            Shape(heads=2, heads_kv=1, head_size=32, vocab=32000, context=2048),
+            vocabulary=tree / "models" / "ggml-vocab-llama-spm.gguf",
+        )
+        given = stand_in(scratch, model)
         for run in runs:
             (tests / "tmp").mkdir(exist_ok=True)
             run.environment |= {**given, "PORT": str(args.port)}

@@ -7,13 +7,20 @@
 static kvmerge_program  program;
 static kvmerge_contents contents; // of the messages so far; answers are text that the next message finds in the cache
 
+// The program ends without waiting for what its log has yet to print.
+static bool flushed(bool res) {
+    common_log_flush(common_log_main());
+
+    return res;
+}
+
 bool kvmerge_cli_begin(common_params & params) {
-    return program.begin(params);
+    return program.begin(params) || flushed(false);
 }
 
 bool kvmerge_cli_attach(llama_context * ctx, int32_t & n_batch) {
     if (!program.attach(ctx)) {
-        return false;
+        return flushed(false);
     }
 
     n_batch = program.n_batch(n_batch);
@@ -48,11 +55,11 @@ bool kvmerge_cli_merge(const mtmd_input_chunks * chunks) {
 
     if (status != KVMERGE_OK) {
         LOG_ERR("kvmerge: not merged: %s\n", kvmerge_error_message());
-        return status != KVMERGE_ERROR_CLEARED;
+        return flushed(status != KVMERGE_ERROR_CLEARED);
     }
     program.tell(0);
 
-    return true;
+    return flushed(true);
 }
 
 void kvmerge_cli_clear() {

@@ -80,9 +80,16 @@ int32_t kvmerge_server_reuse(int32_t id_slot, const server_tokens & tokens, int3
         return n_past;
     }
 
-    auto * mem = llama_get_memory(state.ctx);
+    auto * mem    = llama_get_memory(state.ctx);
+    auto * engine = state.program.engine;
+
+    const int32_t n_tokens  = kvmerge_n_tokens(engine, id_slot);
+    const bool    is_merged = kvmerge_n_cells(engine, id_slot) < n_tokens;
 
     if (llama_memory_seq_rm(mem, id_slot, tokens.pos_next(n_past), -1)) {
+        if (is_merged && kvmerge_n_cells(engine, id_slot) == kvmerge_n_tokens(engine, id_slot)) {
+            SRV_INF("slot %d: it goes on after %d of %d tokens, the last before what was merged: the rest is read again\n", id_slot, n_past, n_tokens);
+        }
         return n_past;
     }
 

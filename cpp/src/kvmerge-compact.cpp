@@ -53,6 +53,58 @@ static const kvmerge_plan & find_widest(const std::vector<std::vector<kvmerge_pl
     return *res;
 }
 
+// How many cells at the beginning no layer and head touches: each of them holds its own token, and stays where it is.
+static int32_t n_untouched(const std::vector<std::vector<kvmerge_plan>> & plans, int32_t n_after) {
+    int32_t res = n_after;
+
+    for (const auto & layer_plans : plans) {
+        for (const auto & plan : layer_plans) {
+            if (plan.n_kept() < n_after) {
+                return 0; // its cells lie at the end
+            }
+
+            int32_t n = 0;
+            while (n < res && plan.is_kept(n) && plan.cells[n].order == n && plan.cells[n].mass == 1) {
+                n++;
+            }
+
+            for (size_t i = 0; i < plan.target.size(); ++i) {
+                n = plan.is_folded(i) ? std::min(n, plan.target[i]) : n;
+            }
+            res = n;
+        }
+    }
+
+    return res;
+}
+
+// How many of the last n cells, at most, no layer and head touches: each of them holds its own token, and the one after it the next.
+// n_seen: tokens of the sequence
+static int32_t n_untouched_last(const std::vector<std::vector<kvmerge_plan>> & plans, int32_t n, int32_t n_seen) {
+    for (const auto & layer_plans : plans) {
+        for (const auto & plan : layer_plans) {
+            const int32_t n_cells = plan.cells.size();
+
+            int32_t n_here = 0;
+            while (n_here < n) {
+                const int32_t i = n_cells - 1 - n_here;
+
+                if (!plan.is_kept(i) || plan.cells[i].order != n_seen - 1 - n_here || plan.cells[i].mass != 1) {
+                    break;
+                }
+                n_here++;
+            }
+
+            for (int32_t i = 0; i < n_cells; ++i) {
+                n_here = plan.is_folded(i) ? std::min(n_here, n_cells - 1 - plan.target[i]) : n_here;
+            }
+            n = n_here;
+        }
+    }
+
+    return n;
+}
+
 void kvmerge_engine::compaction::prepare(
         llama_seq_id seq_id_merged, const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<std::vector<kvmerge_plan>> & plans) {
     kvmerge_may_fail();
@@ -61,7 +113,7 @@ void kvmerge_engine::compaction::prepare(
     first.assign(cells.begin(), cells.begin() + n_after);
 
     prepare_cells(cells, n_after, plans);
-    prepare_table(seq_id, cells, n_after, find_widest(plans));
+    prepare_table(seq_id, cells, n_after, plans);
 }
 
 void kvmerge_engine::compaction::prepare_cells(const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<std::vector<kvmerge_plan>> & plans) {
@@ -93,9 +145,10 @@ void kvmerge_engine::compaction::prepare_cells(const std::vector<uint32_t> & cel
 
 // The table of cells is shared by all layers and heads. A merged cell takes position and order from the pivot of the widest
 // plan: only their sequence matters, all of it lies in the past of the tokens to come.
-// The last n_keep tokens are the same everywhere, so that they can still be removed one by one.
-void kvmerge_engine::compaction::prepare_table(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_after, const kvmerge_plan & widest) {
+void kvmerge_engine::compaction::prepare_table(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<std::vector<kvmerge_plan>> & plans) {
     kvmerge_may_fail();
+
+    const auto & widest = find_widest(plans);
 
     const auto & before = engine.cache.get_cells(0);
 
@@ -114,12 +167,24 @@ void kvmerge_engine::compaction::prepare_table(llama_seq_id seq_id, const std::v
         pos.push_back(before.pos_get(cells[i]));
     }
 
-    // What is read next follows on the last token, and a batch of another sequence may come between: so the last cell stands
-    // where that token did, also where the token went into another cell.
-    const llama_pos pos_last = before.pos_get(cells.back());
+    // The last tokens can still be removed one by one, where nothing was done to them.
+    const int32_t n_last = n_untouched_last(plans, std::min(kvmerge_n_keep(engine.params), n_after), engine.sequences[seq_id].n_seen);
 
-    pos_merged = pos.back() < pos_last ? pos_last + 1 : pos[std::max(0, n_after - std::min(kvmerge_n_keep(engine.params), n_after))];
-    pos.back() = pos_last;
+    // What is read next follows on the last token that is left, and a batch of another sequence may come between: so the last
+    // cell that is merged stands where the last of those tokens did, also where that token went into another cell. The first one
+    // stays: it says where the sequence begins.
+    const int32_t n_merged = n_after - n_last;
+
+    if (n_merged > 1 || n_last == 0) {
+        pos[n_merged - 1] = before.pos_get(cells[cells.size() - n_last - 1]);
+    }
+
+    pos_merged = n_last > 0 ? pos[n_merged] : pos.back() + 1;
+
+    // Where text is merged too, what was read then has a say in how it would be merged anew: such a sequence is read from its start.
+    const int32_t n_whole = engine.params.select == KVMERGE_SELECT_MEDIA ? n_untouched(plans, n_after) : 0;
+
+    pos_whole = n_whole > 0 ? before.pos_get(cells[n_whole - 1]) + 1 : 0;
 
     const auto kept = widest.kept();
 
@@ -143,6 +208,7 @@ void kvmerge_engine::compaction::commit() noexcept {
     engine.is_merged.swap(is_merged);
 
     engine.sequences[seq_id].pos_merged = pos_merged;
+    engine.sequences[seq_id].pos_whole  = pos_whole;
 
     for (size_t l = 0; l < held.size(); ++l) {
         for (size_t h = 0; h < held[l].size(); ++h) {

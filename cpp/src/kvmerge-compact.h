@@ -19,7 +19,7 @@ public:
 
 private:
     void prepare_cells(const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<std::vector<kvmerge_plan>> & plans);
-    void prepare_table(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_after, const kvmerge_plan & widest);
+    void prepare_table(llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_after, const std::vector<std::vector<kvmerge_plan>> & plans);
 
     kvmerge_engine & engine;
 
@@ -31,6 +31,7 @@ private:
     std::vector<kvmerge_cell> tokens;
     std::vector<uint8_t>      is_merged;
     llama_pos                 pos_merged = 0;
+    llama_pos                 pos_whole  = 0;
     bool                      has_bias   = false;
 
     std::vector<std::vector<std::vector<kvmerge_cell>>> held; // [layer][head][n_after]

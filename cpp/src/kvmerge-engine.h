@@ -368,6 +368,7 @@ private:
         int32_t   segment    = -1; // the segment that is being read
         uint8_t   modality   = KVMERGE_TEXT;
         llama_pos pos_merged = 0;  // positions below it are merged: they cannot be removed one by one
+        llama_pos pos_whole  = 0;  // but those below this one are not: the sequence can be cut there
     };
 
     std::vector<sequence> sequences; // [n_seq_max]

@@ -53,6 +53,10 @@ bool kvmerge_engine::may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
             continue;
         }
 
+        if (p0 <= sequences[s].pos_whole && p1 > cells.seq_pos_max(s)) {
+            continue; // nothing of what is left was merged
+        }
+
         if (p0 < end) {
             return false;
         }
@@ -92,17 +96,41 @@ bool kvmerge_engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
             int64_t removed[kvmerge_observer::n_modalities] = {};
 
             const auto & seq_pos = cells.seq_pos_get(s);
+            const auto   tail    = seq_pos.lower_bound({ p0, 0 });
 
-            for (auto it = seq_pos.lower_bound({ p0, 0 }); it != seq_pos.end(); ++it) {
+            for (auto it = tail; it != seq_pos.end(); ++it) {
                 const auto & token = tokens[it->second];
 
                 n_seen = std::min(n_seen, token.order);
                 removed[token.modality]++;
             }
 
+            const bool is_cut = p0 < sequences[s].pos_merged;
+
+            if (is_cut) {
+                // its cells stand for more tokens than those that they are called after
+                n_seen = std::distance(seq_pos.begin(), tail);
+
+                for (int m = 0; m < kvmerge_observer::n_modalities; ++m) {
+                    removed[m] = observer.count(s, m);
+                }
+                for (auto it = seq_pos.begin(); it != tail; ++it) {
+                    removed[tokens[it->second].modality]--;
+                }
+
+                sequences[s].pos_merged = 0;
+                sequences[s].pos_whole  = 0;
+            }
+
             if (n_seen < sequences[s].n_seen) {
+                const auto & left = tokens[std::prev(tail)->second]; // the last one
+
                 sequences[s].n_seen = n_seen;
-                sequences[s].segment++; // whatever comes now is not part of what was cut
+
+                // as if what goes had never been read; else whatever comes now is not part of what was cut
+                sequences[s].segment  = is_cut ? left.segment  : sequences[s].segment + 1;
+                sequences[s].modality = is_cut ? left.modality : sequences[s].modality;
+
                 observer.truncate(s, n_seen, removed);
             }
         }
@@ -130,6 +158,8 @@ void kvmerge_engine::on_seq_move(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     if (p0 >= end) {
         return;
     }
+
+    sequences[seq_id].pos_whole = 0; // what moves may come to lie below it
 
     // where the last merged position that moves comes to lie; those below p0 stay
     const llama_pos moved = std::max(p0, move(std::min(p1, end) - 1) + 1);

@@ -19,8 +19,10 @@ PICTURES = "KVMERGE_PICTURES"
 
 
 def pytest_configure() -> None:
-    """Fetch nothing."""
+    """Fetch nothing, and do not wait for minutes where an answer does not come."""
     utils.ServerPreset.load_all = staticmethod(lambda: None)
+    utils.ServerProcess.n_threads = 1  # more wait for one another on a busy machine
+    utils.ServerProcess.make_request.__defaults__ = (None, None, 120, None)
     plain = requests.get
 
     def get(url: str, *arguments: Any, **options: Any) -> requests.Response:
