@@ -1,9 +1,10 @@
 """What scoring, matching and folding cost against the time of reading the prompt.
 
-A prompt of 4096 tokens, text and pictures in turns, is merged to a fifth by every preset. It is
-read with merging off and with an engine in turns, so that a busy machine slows both alike; what is
-in the cache is saved once a round, and every preset starts from it. Presets whose scores are the
-attention of all queries add to the reading itself: they are stated apart.
+A prompt of 4096 tokens, text and pictures in turns, is merged to a fifth by every preset; `auto`
+keeps all of the text and a fifth of the pictures. It is read with merging off and with an engine in
+turns, so that a busy machine slows both alike; what is in the cache is saved once a round, and
+every preset starts from it. Presets whose scores are the attention of all queries add to the
+reading itself: they are stated apart.
 
     python benchmarks/merge_cost.py
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from kvmerge.budget import Budget
 from kvmerge.policies import PRESETS, FlowMM, Policy
 from session import Session, llama_cpp
 
@@ -45,10 +47,7 @@ class Prompt:
     """A context that holds the prompt; ``read`` is the time that it took."""
 
     def __init__(self, model: Path, policy: Policy | None, n_tokens: int, threads: int) -> None:
-        self.session = Session(
-            model, merge=policy.engine_params() if policy else None, n_ctx=n_tokens, n_batch=BATCH,
-            threads=threads,
-        )  # fmt: skip
+        self.session = Session(model, merge=policy, n_ctx=n_tokens, n_batch=BATCH, threads=threads)
         engine = self.session.engine
         if engine:
             engine.keep_plans(False)
@@ -85,8 +84,9 @@ class Prompt:
         llama_cpp.llama_memory_clear(self.session.memory, True)
         read = llama_cpp.llama_state_seq_set_data(self.session.context, data, len(data), 0)
         assert read == len(data)
-        engine.set_params(policy.engine_params())
-        engine.merge(round(engine.n_tokens() * BUDGET))
+        engine.use(policy)
+        n = engine.n_tokens() // 2
+        engine.merge(policy.kept_cells(Budget(BUDGET), n, n, n // BATCH))
         stats = engine.stats()
         return {step: getattr(stats, f"t_{step}_us") / 1e3 for step in STEPS}
 

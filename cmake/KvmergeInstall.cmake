@@ -55,7 +55,7 @@ foreach(destination IN LISTS kvmerge_destinations)
         LIBRARY DESTINATION "${destination}/lib" COMPONENT kvmerge
         RUNTIME DESTINATION "${destination}/lib" COMPONENT kvmerge
         ARCHIVE DESTINATION "${destination}/lib" COMPONENT kvmerge-development)
-    install(FILES "${PROJECT_SOURCE_DIR}/cpp/include/kvmerge.h"
+    install(DIRECTORY "${PROJECT_SOURCE_DIR}/cpp/include/"
         DESTINATION "${destination}/include" COMPONENT kvmerge OPTIONAL)
 endforeach()
 

@@ -3,11 +3,14 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -40,18 +43,22 @@ class Vendor:
         self.patches = path / "patches"
         self.patches.mkdir()
         self.archive = path / "elsewhere.tar.gz"
+        self.pack({"src/llama-kv-cache.cpp": SOURCE})
+
+    def pack(self, sources: dict[str, str]) -> None:
+        """Make the archive, with these files of llama.cpp."""
+        inside = {"CMakeLists.txt": "project(llama.cpp)", "docs/big.md": "not needed", **sources}
+        files = {
+            "LICENSE.md": "MIT",
+            "setup.cfg": "not needed",
+            "vendor/llama.cpp/.git": "gitdir: ../nowhere",
+        } | {f"vendor/llama.cpp/{name}": text for name, text in inside.items()}
         with tarfile.open(self.archive, "w:gz") as tar:
-            for name, text in {
-                "LICENSE.md": "MIT",
-                "setup.cfg": "not needed",
-                "vendor/llama.cpp/.git": "gitdir: ../nowhere",
-                "vendor/llama.cpp/CMakeLists.txt": "project(llama.cpp)",
-                "vendor/llama.cpp/docs/big.md": "not needed",
-                "vendor/llama.cpp/src/llama-kv-cache.cpp": SOURCE,
-            }.items():
+            for name, text in files.items():
+                data = text.encode()
                 member = tarfile.TarInfo(f"{STEM}/{name}")
-                member.size = len(text)
-                tar.addfile(member, io.BytesIO(text.encode()))
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
         self.pin(hashlib.sha256(self.archive.read_bytes()).hexdigest())
 
     def pin(self, sha256: str) -> None:
@@ -250,3 +257,118 @@ def test_the_pin_of_the_project_is_the_version_that_the_package_expects():
     version = next(line.split()[0] for line in pin.splitlines() if "==" in line).split("==")[1]
     library = (ROOT / "python" / "kvmerge" / "native" / "library.py").read_text()
     assert f'LLAMA_CPP_PYTHON = "{version}"' in library
+
+
+# --- the series of the project on a llama.cpp that went on ---------------------------------------
+
+
+def program() -> ModuleType:
+    spec = spec_from_file_location("prepare", PREPARE)
+    module = sys.modules["prepare"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+prepare = program()
+SERIES = prepare.read_series(prepare.HERE / "patches")
+HOOKED = sorted({name for patch in SERIES for name, _ in patch.hunks()})
+CACHE = ROOT / "build" / "vendor"
+KEY = prepare.tree_key(prepare.Pin.read(prepare.HERE / "requirements.txt"), SERIES, False)
+ALONE = os.environ | {"GIT_CEILING_DIRECTORIES": "/"}
+
+needs_tree = pytest.mark.skipif(
+    not (CACHE / KEY).is_dir() or shutil.which("git") is None,
+    reason="the libraries were built from another tree, or git is not installed",
+)
+
+
+class Upstream:
+    """The files of llama.cpp that the project's series changes, before and after it."""
+
+    def __init__(self, path: Path):
+        tree = prepare.make_tree(prepare.HERE / "requirements.txt", SERIES, CACHE)
+        self.after = {name: (tree / name).read_text() for name in HOOKED}
+        for name, text in self.after.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text)
+        for patch in reversed(SERIES):
+            subprocess.run(["git", "apply", "-R", str(patch.path)], cwd=path, check=True, env=ALONE)
+        self.before = {name: (path / name).read_text() for name in HOOKED}
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    return Upstream(tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.fixture
+def next_release(vendor):
+    """The project's series, for an archive of what becomes of the files that it changes."""
+    for patch in SERIES:
+        shutil.copyfile(patch.path, vendor.patches / patch.name)
+    shutil.copyfile(prepare.HERE / "patches" / "series", vendor.patches / "series")
+    return vendor
+
+
+def functions(text: str) -> list[str]:
+    """Cut a source after every brace that ends what began at the left margin."""
+    return re.split(r"(?<=\n}\n)|(?<=\n};\n)", text)
+
+
+def places(patch, file: str) -> list[str]:
+    """Return what each hunk of a patch finds in a file."""
+    _, _, of_file = patch.text.partition(f"+++ b/{file}\n")
+    of_file = of_file.partition("\ndiff --git")[0].partition("\n-- \n")[0]
+    hunks = re.split(r"^@@ .* @@.*\n", of_file, flags=re.MULTILINE)[1:]
+    return [
+        "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[:1] in " -")
+        for hunk in hunks
+    ]
+
+
+@needs_tree
+def test_functions_that_moved_are_found(upstream, next_release):
+    """All functions of a file the other way round, after 300 lines: each hook is in its own."""
+    added = "".join(f"// line {i}\n" for i in range(300))
+
+    def moved(name: str, text: str) -> str:
+        # What ends a header is found at its end only, and the server's hunks lie close to others.
+        apart = name.startswith("src/") and name.endswith(".cpp")
+        pieces = functions(text) if apart else [text]
+        return added + "".join(reversed(pieces))
+
+    next_release.pack({name: moved(name, text) for name, text in upstream.before.items()})
+    tree = next_release.tree(sdist=next_release.archive)
+    for name, text in upstream.after.items():
+        found = (tree / name).read_text().removeprefix(added)
+        assert sorted(functions(found)) == sorted(functions(text)), name
+
+
+@needs_tree
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name[:4])
+def test_every_hunk_has_one_place(upstream, patch, tmp_path):
+    """Where it stood elsewhere as well, a hook could land in the wrong function."""
+    for name, text in upstream.before.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for before in SERIES[: SERIES.index(patch)]:
+        prepare.apply_patch(before, tmp_path)
+    for name in {name for name, _ in patch.hunks()}:
+        found = places(patch, name)
+        assert found, name
+        for place in found:
+            assert (tmp_path / name).read_text().count(f"\n{place}") == 1, place
+
+
+@needs_tree
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name[:4])
+def test_functions_of_another_name_are_refused(upstream, next_release, patch):
+    """What a hunk finds has another name now: no tree is made, and it says which patch and file."""
+    for name in {name for name, _ in patch.hunks()}:
+        words = re.findall(r"\w{4,}", places(patch, name)[-1])
+        word = max((word for word in words if word in upstream.before[name]), key=len)
+        renamed = upstream.before[name].replace(word, f"{word}_2")
+        next_release.pack({**upstream.before, name: renamed})
+        message = next_release.refusal(sdist=next_release.archive)
+        assert "does not apply to llama.cpp" in message, word
+        assert f"file that refuses is {name}" in message, word

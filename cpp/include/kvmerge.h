@@ -72,11 +72,14 @@ enum kvmerge_fate {
     KVMERGE_PROTECTED = 3, // kept, and never receives a fold (sensitive, or one of the last n_keep)
 };
 
+// The choices of a policy; the last name of each is one more than the last choice.
+
 // score: how important a token is, per layer and KV head
 enum kvmerge_score {
     KVMERGE_SCORE_PROXY    = 0, // attention from the proxy window's queries (FlowMM eq. 8)
     KVMERGE_SCORE_POSITION = 1, // the later, the better (StreamingLLM)
     KVMERGE_SCORE_ALL      = 2, // attention from every query of the prompt (H2O)
+    KVMERGE_SCORE_END
 };
 
 // allocate: how many cells each layer gets; the mean over the layers is what was asked for
@@ -86,6 +89,7 @@ enum kvmerge_allocate {
     KVMERGE_ALLOCATE_COVER   = 2, // as many as cover a share `cover` of each modality's attention (MadaKV)
     KVMERGE_ALLOCATE_ENTROPY = 3, // by the entropy of the attention between modalities (MEDA)
     KVMERGE_ALLOCATE_EARLY   = 4, // twice the mean in the first quarter of the layers (mosaic)
+    KVMERGE_ALLOCATE_END
 };
 
 // select: which tokens survive
@@ -96,6 +100,7 @@ enum kvmerge_select {
     KVMERGE_SELECT_MOSAIC   = 3, // part by score, part as groups that cover every picture (mosaic)
     KVMERGE_SELECT_RUNS     = 4, // runs of similar neighbours become one token (KVMerger)
     KVMERGE_SELECT_MEDIA    = 5, // all text, and groups that cover every picture (auto)
+    KVMERGE_SELECT_END
 };
 
 // match: into which pivots an evicted token may fold
@@ -105,6 +110,7 @@ enum kvmerge_match {
     KVMERGE_MATCH_MODALITY = 2, // an unprotected pivot of the same modality
     KVMERGE_MATCH_FLOW     = 3, // ANY in layers with flow >= theta, else MODALITY (FlowMM)
     KVMERGE_MATCH_SEGMENT  = 4, // an unprotected pivot of the same segment: one picture never folds into another
+    KVMERGE_MATCH_END
 };
 
 // fold: the weights in the mean of a group
@@ -114,6 +120,7 @@ enum kvmerge_fold {
     KVMERGE_FOLD_WEIGHTED = 2, // members by their similarity to the pivot (LOOK-M)
     KVMERGE_FOLD_EXP      = 3, // members by exp(similarity - 1) (D2O)
     KVMERGE_FOLD_GAUSSIAN = 4, // members by a Gaussian of their distance to the pivot (KVMerger)
+    KVMERGE_FOLD_END
 };
 
 // bias: what is added to a pivot's attention logit so that it weighs what it stands for
@@ -122,39 +129,17 @@ enum kvmerge_bias {
     KVMERGE_BIAS_COUNT = 1, // log of the number of tokens that the pivot stands for
     KVMERGE_BIAS_FIT   = 2, // mean of log(sum of exp(logits of the group)) - logit of the new key over the proxies and as many
                             // sampled queries of text
+    KVMERGE_BIAS_END
 };
 
-// A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact.
+// A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact, and its numbers. The
+// fields, with ranges, defaults and what each of them is, are the rows of kvmerge-options.def.
 // Fill it with kvmerge_params_default() first; `size` lets the library refuse a struct of another version.
 struct kvmerge_params {
-    uint32_t size;           // sizeof(struct kvmerge_params)
+    uint32_t size; // sizeof(struct kvmerge_params)
 
-    int32_t  score;          // enum kvmerge_score
-    int32_t  allocate;       // enum kvmerge_allocate
-    int32_t  select;         // enum kvmerge_select
-    int32_t  match;          // enum kvmerge_match
-    int32_t  fold;           // enum kvmerge_fold
-    int32_t  bias;           // enum kvmerge_bias
-    bool     move_keys;      // true: a pivot's key becomes the mean of its group; false: it stays as it is
-    bool     pool_max;       // true: scores are pooled by their maximum; false: by their mean
-    bool     value_norm;     // scores are multiplied with the norm of the value
-
-    int32_t  n_window;       // proxy window: the last queries, which score                         [1, 256]
-    int32_t  n_keep;         // last tokens that are kept and receive nothing; 0: as many as n_window [0, 256]
-    int32_t  n_sink;         // first tokens of a sequence, always kept                             [0, 256]
-    int32_t  n_flow_rows;    // query rows sampled per modality to estimate the flow; as many as the
-                             // prompt has tokens makes it exact                                   [1, 65536]
-    int32_t  n_pool;         // neighbours over which scores are pooled, odd; 1: no pooling         [1, 63]
-    int32_t  n_floor;        // cells that every picture keeps at least (mosaic)                    [0, 1024]
-    int32_t  n_member;       // tokens that a pivot may receive; 0: any number                      [0, 65536]
-    float    theta;          // flow at which a layer may fold across modalities (FlowMM table 3)     [0, 1]
-    float    tau;            // pivots above this quantile of the pivots' importance are protected    [0, 1]; 1 = none
-    float    recent;         // share of the budget that goes to the last tokens (H2O, LOOK-M)        [0, 1]
-    float    cover;          // share of attention to cover (MadaKV's theta)                          [0, 1]
-    float    similarity;     // cosine below which nothing is folded                                 [-1, 1]; -1 = none
-    float    pivots;         // share of a picture's cells that go by score, not to groups (mosaic)   [0, 1]
-    float    text;           // share of the budget that text may take when it does not fit (mosaic)  [0, 1]
-    float    text_pivots;    // share of the cells of text that go by score, not to groups (mosaic)    [0, 1]
+#define KVMERGE_OPTION(type, field, ...) type field;
+#include "kvmerge-options.def"
 };
 
 // figures of the last merge of an engine

@@ -21,58 +21,25 @@ static bool parse_number(const std::string & text, double & out) {
     return end == text.size() && std::isfinite(out);
 }
 
+static bool set_param(kvmerge_params & params, const std::string & name, double value) {
+#define KVMERGE_OPTION(type, field, ...)                        \
+    if (name == #field) {                                       \
+        params.field = static_cast<type>(value);                \
+        return true;                                            \
+    }
+#include "kvmerge-options.def"
+
+    return false;
+}
+
 static void read_params(const std::string & text, kvmerge_params & params) {
-    struct field {
-        const char * name;
-        int32_t    * i;
-        bool       * b;
-        float      * f;
-    };
-
-    const field fields[] = {
-        { "score",       &params.score,       nullptr,            nullptr             },
-        { "allocate",    &params.allocate,    nullptr,            nullptr             },
-        { "select",      &params.select,      nullptr,            nullptr             },
-        { "match",       &params.match,       nullptr,            nullptr             },
-        { "fold",        &params.fold,        nullptr,            nullptr             },
-        { "bias",        &params.bias,        nullptr,            nullptr             },
-        { "move_keys",   nullptr,             &params.move_keys,  nullptr             },
-        { "pool_max",    nullptr,             &params.pool_max,   nullptr             },
-        { "value_norm",  nullptr,             &params.value_norm, nullptr             },
-        { "n_window",    &params.n_window,    nullptr,            nullptr             },
-        { "n_keep",      &params.n_keep,      nullptr,            nullptr             },
-        { "n_sink",      &params.n_sink,      nullptr,            nullptr             },
-        { "n_flow_rows", &params.n_flow_rows, nullptr,            nullptr             },
-        { "n_pool",      &params.n_pool,      nullptr,            nullptr             },
-        { "n_floor",     &params.n_floor,     nullptr,            nullptr             },
-        { "n_member",    &params.n_member,    nullptr,            nullptr             },
-        { "theta",       nullptr,             nullptr,            &params.theta       },
-        { "tau",         nullptr,             nullptr,            &params.tau         },
-        { "recent",      nullptr,             nullptr,            &params.recent      },
-        { "cover",       nullptr,             nullptr,            &params.cover       },
-        { "similarity",  nullptr,             nullptr,            &params.similarity  },
-        { "pivots",      nullptr,             nullptr,            &params.pivots      },
-        { "text",        nullptr,             nullptr,            &params.text        },
-        { "text_pivots", nullptr,             nullptr,            &params.text_pivots },
-    };
-
     for (const auto & item : string_split<std::string>(text, ',')) {
         const size_t equal = item.find('=');
 
-        const auto it = std::find_if(std::begin(fields), std::end(fields), [&](const field & cur) { return item.substr(0, equal) == cur.name; });
-
         double value = 0;
-        if (equal == std::string::npos || it == std::end(fields) || !parse_number(item.substr(equal + 1), value)) {
+        if (equal == std::string::npos || !parse_number(item.substr(equal + 1), value) || !set_param(params, item.substr(0, equal), value)) {
             throw std::invalid_argument(string_format(
                     "--kv-merge-params: '%s' is not a field of struct kvmerge_params with a number, such as n_window=16", item.c_str()));
-        }
-
-        if (it->i) {
-            *it->i = (int32_t) value;
-        } else if (it->b) {
-            *it->b = value != 0;
-        } else {
-            *it->f = (float) value;
         }
     }
 }

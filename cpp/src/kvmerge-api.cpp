@@ -57,34 +57,6 @@ const char * kvmerge_error_message(void) {
     return kvmerge_error_text();
 }
 
-struct kvmerge_params kvmerge_params_default(void) {
-    kvmerge_params params = {};
-
-    params.size        = sizeof(kvmerge_params);
-    params.score       = KVMERGE_SCORE_PROXY;
-    params.allocate    = KVMERGE_ALLOCATE_UNIFORM;
-    params.select      = KVMERGE_SELECT_TOP;
-    params.match       = KVMERGE_MATCH_FLOW;
-    params.fold        = KVMERGE_FOLD_MEAN;
-    params.bias        = KVMERGE_BIAS_COUNT;
-    params.move_keys   = true;
-    params.n_window    = 16;
-    params.n_keep      = 0;
-    params.n_sink      = 4;
-    params.n_flow_rows = 64;
-    params.n_pool      = 1;
-    params.n_floor     = 1;
-    params.theta       = 0.25f;
-    params.tau         = 0.8f;
-    params.cover       = 0.9f;
-    params.similarity  = -1.0f;
-    params.pivots      = 0.5f;
-    params.text        = 0.5f;
-    params.text_pivots = 0.75f;
-
-    return params;
-}
-
 int32_t kvmerge_attach(struct llama_context * ctx, const struct kvmerge_params * params, struct kvmerge_engine ** out) {
     return guarded([&]() -> int32_t {
         if (!ctx || !params || !out) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The ranges of the numbers that a policy consists of.
+// Defaults and ranges of what a policy consists of: kvmerge-options.def. kvmerge_params_default() is defined here.
 
 #include "kvmerge.h"
 

@@ -6,12 +6,10 @@ and there is no second list of declarations that could fall behind.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +25,7 @@ from ..errors import (
     StateError,
     UnsupportedError,
 )
+from . import header
 from .library import library_file
 
 MODALITIES = ("text", "image", "audio")
@@ -45,36 +44,14 @@ _ERRORS: dict[int, type[KVMergeError]] = {
 }
 
 
-def header_file() -> Path:
-    """Return the path of ``kvmerge.h``: that of the checkout we run from, or the shipped one."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parents[1] / "cpp" / "include" / "kvmerge.h"
-    return checkout if checkout.exists() else package / "include" / "kvmerge.h"
-
-
-def _declarations(header: str) -> str:
-    """Return the header as cffi takes it: no preprocessor lines, nothing that is C++ only."""
-    header = re.sub(r"#ifdef __cplusplus.*?#endif", "", header, flags=re.DOTALL)
-    header = re.sub(r"#(?:[^\n\\]|\\\n|\\.)*", "", header)
-    return header.replace("KVMERGE_API ", "")
-
-
 @lru_cache(maxsize=1)
 def _native() -> tuple[Any, Any, int]:
     """Return cffi's ``ffi``, the library, and the API version of the header."""
     from cffi import FFI
 
-    file = header_file()
-    try:
-        header = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LibraryError(f"{file} cannot be read ({error}): install the package again") from error
-    version = re.search(r"#define\s+KVMERGE_API_VERSION\s+(\d+)", header)
-    if version is None:
-        raise LibraryError(f"{file} defines no KVMERGE_API_VERSION: install the package again")
     ffi = FFI()
-    ffi.cdef(_declarations(header))
-    return ffi, ffi.dlopen(str(library_file("llama"))), int(version.group(1))
+    ffi.cdef(header.declarations())
+    return ffi, ffi.dlopen(str(library_file("llama"))), header.api_version()
 
 
 def api_version() -> int:
@@ -108,7 +85,7 @@ def check() -> None:
     if size != ffi.sizeof("struct kvmerge_params"):
         raise LibraryError(
             f"struct kvmerge_params has {size} bytes in {file} and "
-            f"{ffi.sizeof('struct kvmerge_params')} in {header_file()}: install the package again"
+            f"{ffi.sizeof('struct kvmerge_params')} in {header.folder()}: install the package again"
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from inspect import getdoc
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BudgetError, PolicyError
-from .options import OPTIONS
+from .options import OPTIONS, default, described
 
 if TYPE_CHECKING:
     from ..native.binding import Engine, Planner
@@ -22,68 +23,7 @@ class Policy:
     The methods with a name are subclasses that fix some of the choices and have other defaults.
     This class combines them, where they go together: ``"mosaic"``, ``"runs"`` and ``"media"`` form
     their own groups inside a picture or stretch of text, so that `match` is ``"segment"`` or
-    ``"none"`` there and `tau` 1.
-
-    Parameters
-    ----------
-    score : {"proxy", "position", "all"}
-        How important a token is: the attention that the last `window` tokens of the prompt give
-        it, its place (the later, the better), or the attention that all tokens give it.
-    allocate : {"uniform", "pyramid", "cover", "entropy", "early"}
-        How many cells each layer gets: the same, fewer with depth, as many as cover the share
-        `cover` of each modality's attention, by the entropy of attention between modalities, or
-        twice the mean in the first quarter of the layers.
-    select : {"top", "text", "modality", "mosaic", "runs", "media"}
-        Which tokens are kept: the highest scores; text before all else; each modality by the
-        attention that it gets; partly by score and partly as groups that cover every picture; runs
-        of similar neighbours become one; or all text beside groups that cover every picture.
-    match : {"flow", "any", "modality", "segment", "none"}
-        Where a token that is not kept may be folded: into any kept one where much attention
-        crosses modalities and else into one of its modality; into any; into one of its modality;
-        into one of its own picture or stretch of text; or nowhere.
-    fold : {"mean", "pivot", "weighted", "exp", "gaussian"}
-        The weights in the mean of a group: equal; each member half and the kept token the rest;
-        by similarity; by its exponential; or by a Gaussian of the distance.
-    bias : {"count", "none", "fit"}
-        What is added to the attention logit of a token that stands for others: the logarithm of
-        how many, nothing, or what the window's queries and as many queries of text before them say
-        that the group weighs.
-    keys : {"move", "keep"}
-        Whether the key of a token that stands for others becomes the mean of its group.
-    pool : {"mean", "max"}
-        How scores are pooled over neighbours.
-    value_norm : bool
-        Whether scores are multiplied with the norm of the value.
-    window : int
-        Tokens at the end of the prompt whose queries score, 1 to 256.
-    keep : int
-        Last tokens, always kept and never folded into, 0 to 256; 0 is as many as `window`.
-    sinks : int
-        First tokens, always kept, 0 to 256.
-    flow_rows : int
-        Queries sampled per modality to estimate the flow, 1 to 65536.
-    neighbours : int
-        Neighbours over which scores are pooled, odd, 1 to 63; 1 does not pool.
-    floor : int
-        Cells that every picture keeps at least with ``select="mosaic"``, 0 to 1024.
-    members : int
-        Tokens that a kept one may receive, 0 to 65536; 0 is any number.
-    theta : float
-        Share of attention that crosses modalities from which on a layer folds across them, 0 to 1.
-    tau : float
-        Kept tokens above this quantile of importance receive no folds, 0 to 1; 1 protects none.
-    recent : float
-        Share of the budget that goes to the last tokens, 0 to 1.
-    cover : float
-        Share of attention to cover with ``allocate="cover"``, 0 to 1.
-    similarity : float
-        Cosine below which nothing is folded, -1 to 1.
-    pivots : float
-        Share of a picture's cells that go by score with ``select="mosaic"``, 0 to 1.
-    text : float
-        Share of the budget that text may take with ``select="mosaic"``, 0 to 1.
-    text_pivots : float
-        Share of the cells of text that go by score with ``select="mosaic"``, 0 to 1.
+    ``"none"`` there and `tau` 1.  ``help(Policy)`` lists every option, with its range and default.
     """
 
     name: ClassVar[str] = "custom"
@@ -97,30 +37,30 @@ class Policy:
         if "name" in cls.__dict__:
             Policy.named[cls.name.lower()] = cls
 
-    score: str = "proxy"
-    allocate: str = "uniform"
-    select: str = "top"
-    match: str = "flow"
-    fold: str = "mean"
-    bias: str = "count"
-    keys: str = "move"
-    pool: str = "mean"
-    value_norm: bool = False
-    window: int = 16
-    keep: int = 0
-    sinks: int = 4
-    flow_rows: int = 64
-    neighbours: int = 1
-    floor: int = 1
-    members: int = 0
-    theta: float = 0.25
-    tau: float = 0.8
-    recent: float = 0.0
-    cover: float = 0.9
-    similarity: float = -1.0
-    pivots: float = 0.5
-    text: float = 0.5
-    text_pivots: float = 0.75
+    score: str = default("score")
+    allocate: str = default("allocate")
+    select: str = default("select")
+    match: str = default("match")
+    fold: str = default("fold")
+    bias: str = default("bias")
+    keys: str = default("keys")
+    pool: str = default("pool")
+    value_norm: bool = default("value_norm")
+    window: int = default("window")
+    keep: int = default("keep")
+    sinks: int = default("sinks")
+    flow_rows: int = default("flow_rows")
+    neighbours: int = default("neighbours")
+    floor: int = default("floor")
+    members: int = default("members")
+    theta: float = default("theta")
+    tau: float = default("tau")
+    recent: float = default("recent")
+    cover: float = default("cover")
+    similarity: float = default("similarity")
+    pivots: float = default("pivots")
+    text: float = default("text")
+    text_pivots: float = default("text_pivots")
 
     def __post_init__(self) -> None:
         for option, value in self.choices.items():
@@ -134,6 +74,11 @@ class Policy:
                 f"{type(self).__name__}(select={self.select!r}, match={self.match!r}, "
                 f"tau={self.tau}): it forms its own groups, inside a picture or stretch of text: "
                 "match must be 'segment', or 'none' to fold nothing, and tau 1.0"
+            )
+        if self.score == "position" and self.value_norm:
+            raise PolicyError(
+                f"{type(self).__name__}(score='position', value_norm=True): a place is multiplied "
+                "with nothing: value_norm must be False"
             )
         if self.neighbours % 2 == 0:
             raise PolicyError(
@@ -207,3 +152,6 @@ class Policy:
             if field.init and getattr(self, field.name) != field.default
         ]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+Policy.__doc__ = f"{getdoc(Policy)}\n\nParameters\n----------\n{described()}"

@@ -21,7 +21,8 @@ class Evict(Policy):
     sinks : int, default 4
         First tokens, always kept, 0 to 256.
     flow_rows : int, default 64
-        Queries sampled per modality to estimate the flow, which is reported and changes nothing.
+        Queries sampled per modality to estimate the flow, which is reported and changes nothing,
+        1 to 65536.
     """
 
     name: ClassVar[str] = "evict"

@@ -1,13 +1,18 @@
-"""The options of policies: what each accepts, and where it goes in ``struct kvmerge_params``."""
+"""The options of policies: what each accepts, and where it goes in ``struct kvmerge_params``.
+
+All that is said of one stands in one row of ``kvmerge-options.def``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from textwrap import wrap
 from typing import Any
 
 from ..errors import did_you_mean
+from ..native.header import Row, rows
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,14 @@ class Word:
     """An option that is one of some words."""
 
     param: str
+    description: str
     default: str
     values: Mapping[str, int]
+
+    @property
+    def accepted(self) -> str:
+        """What it may be, in words."""
+        return "{" + ", ".join(map(repr, self.values)) + "}"
 
     def problem(self, value: Any) -> str | None:
         """Return what is accepted, if `value` is not."""
@@ -35,9 +46,15 @@ class Whole:
     """An option that is a whole number in a range."""
 
     param: str
+    description: str
     default: int
     low: int
     high: int
+
+    @property
+    def accepted(self) -> str:
+        """What it may be, in words."""
+        return f"int from {self.low} to {self.high}"
 
     def problem(self, value: Any) -> str | None:
         """Return what is accepted, if `value` is not."""
@@ -56,9 +73,15 @@ class Number:
     """An option that is a number in a range."""
 
     param: str
+    description: str
     default: float
-    low: float = 0.0
-    high: float = 1.0
+    low: float
+    high: float
+
+    @property
+    def accepted(self) -> str:
+        """What it may be, in words."""
+        return f"float from {self.low:g} to {self.high:g}"
 
     def problem(self, value: Any) -> str | None:
         """Return what is accepted, if `value` is not."""
@@ -78,7 +101,13 @@ class Flag:
     """An option that is True or False."""
 
     param: str
+    description: str
     default: bool
+
+    @property
+    def accepted(self) -> str:
+        """What it may be, in words."""
+        return "bool"
 
     def problem(self, value: Any) -> str | None:
         """Return what is accepted, if `value` is not."""
@@ -89,42 +118,39 @@ class Flag:
         return bool(value)
 
 
-OPTIONS: dict[str, Word | Whole | Number | Flag] = {
-    "score": Word("score", "proxy", {"proxy": 0, "position": 1, "all": 2}),
-    "allocate": Word(
-        "allocate",
-        "uniform",
-        {"uniform": 0, "pyramid": 1, "cover": 2, "entropy": 3, "early": 4},
-    ),
-    "select": Word(
-        "select",
-        "top",
-        {"top": 0, "text": 1, "modality": 2, "mosaic": 3, "runs": 4, "media": 5},
-    ),
-    "match": Word(
-        "match",
-        "flow",
-        {"none": 0, "any": 1, "modality": 2, "flow": 3, "segment": 4},
-    ),
-    "fold": Word("fold", "mean", {"mean": 0, "pivot": 1, "weighted": 2, "exp": 3, "gaussian": 4}),
-    "bias": Word("bias", "count", {"none": 0, "count": 1, "fit": 2}),
-    "keys": Word("move_keys", "move", {"keep": 0, "move": 1}),
-    "pool": Word("pool_max", "mean", {"mean": 0, "max": 1}),
-    "value_norm": Flag("value_norm", False),
-    "window": Whole("n_window", 16, 1, 256),
-    "keep": Whole("n_keep", 0, 0, 256),
-    "sinks": Whole("n_sink", 4, 0, 256),
-    "flow_rows": Whole("n_flow_rows", 64, 1, 65536),
-    "neighbours": Whole("n_pool", 1, 1, 63),
-    "floor": Whole("n_floor", 1, 0, 1024),
-    "members": Whole("n_member", 0, 0, 65536),
-    "theta": Number("theta", 0.25),
-    "tau": Number("tau", 0.8),
-    "recent": Number("recent", 0.0),
-    "cover": Number("cover", 0.9),
-    "similarity": Number("similarity", -1.0, -1.0),
-    "pivots": Number("pivots", 0.5),
-    "text": Number("text", 0.5),
-    "text_pivots": Number("text_pivots", 0.75),
-}
+Option = Word | Whole | Number | Flag
+
+
+def _option(row: Row) -> Option:
+    """Return the option that a row of the table means."""
+    if row.words:
+        values = {word: value for value, word in enumerate(row.words)}
+        # The default has the name of a word in the enum, or is false or true.
+        named = ("false", "true") if row.type == "bool" else row.words
+        prefix = f"KVMERGE_{row.field.upper()}_"
+        preset = row.words[named.index(row.preset.removeprefix(prefix).lower())]
+        return Word(row.field, row.description, preset, values)
+    if row.type == "bool":
+        return Flag(row.field, row.description, row.preset == "true")
+    if row.type == "float":
+        least, preset, most = (float(text) for text in (row.least, row.preset, row.most))
+        return Number(row.field, row.description, preset, least, most)
+    return Whole(row.field, row.description, int(row.preset), int(row.least), int(row.most))
+
+
+OPTIONS: dict[str, Option] = {row.option: _option(row) for row in rows()}
 """Every option by name; together they are the fields of ``struct kvmerge_params``."""
+
+
+def default(name: str) -> Any:
+    """Return the default of an option."""
+    return OPTIONS[name].default
+
+
+def described() -> str:
+    """Return the options as a docstring lists parameters."""
+    lines = []
+    for name, option in OPTIONS.items():
+        lines.append(f"{name} : {option.accepted}, default {option.default!r}")
+        lines += wrap(option.description, 96, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return "\n".join(lines)
