@@ -201,14 +201,29 @@ def test_any_policy_and_budget(model: Path, policy: Policy, budgets: list[int], 
             assert np.isfinite(session.decode([turn])).all()
 
 
-def test_a_score_by_position_takes_no_norm(model: Path) -> None:
-    """There are no values to take it of: refused in both languages, not read where nothing is."""
-    with pytest.raises(PolicyError, match="value_norm must be False"):
-        Policy(score="position", value_norm=True)
-    by_place = Policy(score="position").engine_params()
-    with Session(model, merge=by_place) as session:
-        with pytest.raises(OptionError, match="value_norm is true"):
-            session.engine.set_params(by_place | {"value_norm": True})
+@pytest.mark.parametrize(
+    ("choices", "params", "said"),
+    [
+        ({"score": "position", "value_norm": True}, {"score": 1, "value_norm": True}, "value_norm"),
+        (
+            {"select": "media", "match": "any", "tau": 1.0},
+            {"select": 5, "match": 1, "tau": 1},
+            "match",
+        ),
+        ({"select": "runs", "match": "segment"}, {"select": 4, "match": 4}, "tau"),
+        ({"neighbours": 2}, {"n_pool": 2}, "odd"),
+    ],
+    ids=["norm", "match", "tau", "pool"],
+)
+def test_choices_that_do_not_go_together(
+    model: Path, choices: dict[str, Any], params: dict[str, Any], said: str
+) -> None:
+    """Refused in both languages; what had no norm to be multiplied with was read where none is."""
+    with pytest.raises(PolicyError, match=said):
+        Policy(**choices)
+    with Session(model, merge={}) as session:
+        with pytest.raises(OptionError, match=said):
+            session.engine.set_params(params)
         read(session)
         session.engine.merge(30)
         assert session.engine.n_cells() == 30

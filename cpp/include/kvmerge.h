@@ -133,7 +133,9 @@ enum kvmerge_bias {
 };
 
 // A policy: one choice per step of observe -> score -> allocate -> select -> match -> fold -> compact, and its numbers. The
-// fields, with ranges, defaults and what each of them is, are the rows of kvmerge-options.def.
+// fields, with ranges, defaults and what each of them is, are the rows of kvmerge-options.def. Choices that would do nothing
+// beside each other are refused: MOSAIC, RUNS and MEDIA form their own groups, and take match SEGMENT or NONE and tau 1; a
+// score by POSITION takes no value_norm.
 // Fill it with kvmerge_params_default() first; `size` lets the library refuse a struct of another version.
 struct kvmerge_params {
     uint32_t size; // sizeof(struct kvmerge_params)

@@ -13,6 +13,25 @@ struct kvmerge_params kvmerge_params_default(void) {
     return params;
 }
 
+// choices that would do nothing beside each other are refused instead
+static kvmerge_status check_together(const kvmerge_params & params) {
+    const bool has_groups = params.select == KVMERGE_SELECT_MOSAIC || params.select == KVMERGE_SELECT_RUNS || params.select == KVMERGE_SELECT_MEDIA;
+    const bool is_inside  = params.match == KVMERGE_MATCH_SEGMENT || params.match == KVMERGE_MATCH_NONE;
+
+    if (has_groups && (!is_inside || params.tau != 1)) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "match is %d and tau %g: select %d forms its own groups, inside a segment, accepted are match %d or %d and tau 1",
+                params.match, params.tau, params.select, KVMERGE_MATCH_SEGMENT, KVMERGE_MATCH_NONE);
+    }
+    if (params.score == KVMERGE_SCORE_POSITION && params.value_norm) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "value_norm is true: a score by position is multiplied with nothing, accepted is false");
+    }
+    if (params.n_pool % 2 == 0) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_pool is %d, accepted is an odd number: the token itself and as many on each side", params.n_pool);
+    }
+
+    return KVMERGE_OK;
+}
+
 kvmerge_status kvmerge_check_params(const kvmerge_params & params) {
     if (params.size != sizeof(kvmerge_params)) {
         return kvmerge_error(KVMERGE_ERROR_ARGUMENT,
@@ -34,9 +53,5 @@ kvmerge_status kvmerge_check_params(const kvmerge_params & params) {
         }
     }
 
-    if (params.score == KVMERGE_SCORE_POSITION && params.value_norm) {
-        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "value_norm is true: a score by position is multiplied with nothing, accepted is false");
-    }
-
-    return KVMERGE_OK;
+    return check_together(params);
 }
