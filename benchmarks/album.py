@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from real_parts import album, build, parts
+from real_parts.controls import RANDOM
 
 from kvmerge.evaluation.answers import Answer, Record, Settings, definitions, identity
 from kvmerge.evaluation.bootstrap import difference
@@ -24,7 +25,7 @@ from kvmerge.evaluation.methods import FULL, choose
 from kvmerge.evaluation.run import Models, Plan, run
 from kvmerge.evaluation.scores import Row, Scores, collect
 
-METHODS = "reference,preset,auto/*"
+METHODS = "random,reference,preset,auto/*"
 
 
 def main() -> None:
@@ -46,10 +47,15 @@ def main() -> None:
     language_model = parts.fetch(parts.SMOLLM2)
     model, mmproj = build.build()
     photographs = album.photographs(args.photographs, language_model)
-    words = album.vocabulary(language_model)
-    methods = choose(args.methods.split(","))
+    vocabulary = album.vocabulary(language_model)
+    words = args.methods.split(",")
+    methods = choose([word for word in words if word != RANDOM.name])
+    if RANDOM.name in words:
+        methods += (RANDOM,)
     plan = Plan(
-        samples=tuple(album.samples(args.albums, args.pictures, photographs, words, args.seed)),
+        samples=tuple(
+            album.samples(args.albums, args.pictures, photographs, vocabulary, args.seed)
+        ),
         methods=methods,
         budgets=tuple(map(float, args.budgets.split(","))),
         modes=tuple(args.modes.split(",")),

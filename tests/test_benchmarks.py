@@ -29,7 +29,6 @@ SHORT = {
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
     "text_fidelity": "{model} {folder} --read 32 --n 1 --methods flowmm --kept 0.5",
-    "text_needles": "{model} {folder} --read 64 --n 1 --methods auto keydiff --kept 0.5",
     "architectures": "--models {folder}",
     "presets": "--check",
     "fuzz_states": "--no-build --plain --libraries {libraries} --states 6 --jobs 1",

@@ -131,7 +131,7 @@ def test_report_only(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--model", "other.gguf"], "--model needs --mmproj"),
         (["--model", "other.gguf"], "--texts FOLDER"),
         (["--texts", ".", "--model", "missing.gguf"], "does not exist"),
-        (["--texts", "."], "no task 'code' of texts"),
+        (["--texts", "."], "no task 'code': it must be one of one, keys"),
         (["--texts", ".", "--mmproj", "x.gguf"], "leave --mmproj out"),
         (["--texts", ".", "--data", "x"], "leave --data out"),
         (["--mmproj", "other.gguf"], "--mmproj needs --model"),

@@ -24,8 +24,8 @@ CPP = [
 ]
 PYTHON = [
     path
-    for folder in ("python/kvmerge", "vendor", "tools", "tests", "benchmarks")
-    for path in (ROOT / folder).glob("**/*.py" if folder == "python/kvmerge" else "*.py")
+    for folder in ("python", "vendor", "tools", "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
     if "_vendor" not in path.parts
 ]
 

@@ -1,4 +1,4 @@
-"""How the package is built: what imports what, who reaches into whom, how long functions are."""
+"""How the package is built: what imports what and who reaches into whom."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "kvmerge"
-LONGEST = 100
-"""Lines of a function."""
 
 OF_OTHERS = {
     "_base_path": "llama_cpp.llama_cpp",
@@ -153,17 +151,3 @@ def test_private_names_are_imported_by_nobody() -> None:
         for name in module.imported():
             last = name.rpartition(".")[2]
             assert not (name.startswith("kvmerge") and is_private(last)), (module.name, name)
-
-
-@pytest.mark.parametrize("folder", ["python", "tests", "benchmarks", "tools", "vendor", "examples"])
-def test_functions_fit_on_a_page_or_two(folder: str) -> None:
-    long = []
-    for file in sorted((ROOT / folder).rglob("*.py")):
-        if "_vendor" in file.parts:
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > LONGEST:
-                    long.append(f"{file.relative_to(ROOT)}: {node.name} has {lines} lines")
-    assert not long

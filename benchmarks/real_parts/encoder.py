@@ -6,7 +6,6 @@ one token (pixel shuffle), LayerNorm and two linear layers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,7 @@ def _with_output(file: Path, name: str) -> onnxruntime.InferenceSession:
     model.graph.output.append(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return onnxruntime.InferenceSession(model.SerializeToString())
 
 
 class Features:

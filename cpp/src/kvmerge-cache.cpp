@@ -133,7 +133,7 @@ bool kvmerge_cache::update(llama_context * lctx, bool do_shift, const stream_cop
         return llama_kv_cache::update(lctx, false, sc_info) || is_changed;
     }
 
-    // it is shifted what all layers store
+    // a shift turns the keys of all cells, so all layers have to store them
     if (!engine->store_all()) {
         LLAMA_LOG_ERROR("%s: no memory for the cells of all layers: the positions are shifted later\n", __func__);
         return is_changed;
@@ -143,7 +143,8 @@ bool kvmerge_cache::update(llama_context * lctx, bool do_shift, const stream_cop
 
     engine->shrink();
 
-    return is_shifted || is_changed;}
+    return is_shifted || is_changed;
+}
 
 void kvmerge_cache::on_ubatch(const slot_info & sinfo, const llama_ubatch & ubatch) {
     if (engine) {

@@ -248,10 +248,11 @@ def _samples(arguments: argparse.Namespace, model: Path) -> Iterator[Sample]:
 
 def _text_samples(arguments: argparse.Namespace, model: Path) -> Iterator[Sample]:
     from ..evaluation import needles
+    from ..evaluation.samples import check_tasks
     from ..llama import Llama
 
     tasks = arguments.tasks or needles.TASKS
-    needles.check(tasks)
+    check_tasks(tasks, needles.TASKS)
     texts = needles.read_texts(arguments.texts)
     with Llama(model, vocab_only=True, verbose=False) as tokenizer:
         for n_tokens in arguments.tokens:

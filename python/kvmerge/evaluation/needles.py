@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import OptionError, did_you_mean
+from ..errors import OptionError
 from .samples import Ask, Passage, Sample
 
 TASKS = ("one", "keys", "values", "chain")
@@ -157,22 +157,6 @@ def hide(rng: np.random.Generator, task: str, sentences: Sequence[str]) -> Needl
 def share_told(answer: str, numbers: Sequence[str]) -> float:
     """Return the share of the numbers that an answer tells."""
     return sum(number in answer for number in numbers) / len(numbers)
-
-
-def check(tasks: Sequence[str]) -> None:
-    """Check names of tasks.
-
-    Raises
-    ------
-    OptionError
-        If one is not known.
-    """
-    for task in tasks:
-        if task not in TASKS:
-            raise OptionError(
-                f"there is no task {task!r} of texts: it must be one of {', '.join(TASKS)}."
-                f"{did_you_mean(task, TASKS)}"
-            )
 
 
 def samples(

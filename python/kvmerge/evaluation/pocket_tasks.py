@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import OptionError, did_you_mean
+from ..errors import OptionError
 from ..pocket.tasks import (
     MAX_PICTURES,
     SHORT_TASKS,
@@ -16,7 +16,7 @@ from ..pocket.tasks import (
     make_prompt,
     score,
 )
-from .samples import Ask, Sample
+from .samples import Ask, Sample, check_tasks
 
 _ENTROPY = 0x6576616C  # "eval": neither training nor a test uses it.
 DISTRACTOR_TOKENS = 40
@@ -31,12 +31,7 @@ def check(tasks: Sequence[str], pictures: Sequence[int]) -> None:
     OptionError
         If one is not known.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise OptionError(
-                f"there is no task {task!r}: it must be one of {', '.join(TASKS)}."
-                f"{did_you_mean(task, TASKS)}"
-            )
+    check_tasks(tasks, TASKS)
     for number in pictures:
         if not 1 <= number <= MAX_PICTURES:
             raise OptionError(f"pictures must be 1 to {MAX_PICTURES}, not {number}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import OptionError, did_you_mean
 
 MODES = {
     "known": "merged when all but the last tokens of the question were read",
@@ -86,3 +88,19 @@ class Sample:
     pictures: int
     tasks: tuple[str, ...]
     load: Callable[[], tuple[Ask, ...]]
+
+
+def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Check names of tasks.
+
+    Raises
+    ------
+    OptionError
+        If one is not among the known ones.
+    """
+    for task in tasks:
+        if task not in known:
+            raise OptionError(
+                f"there is no task {task!r}: it must be one of {', '.join(known)}."
+                f"{did_you_mean(task, known)}"
+            )
