@@ -23,6 +23,7 @@ SHORT = {
     "many_pictures": "--chats 1 --policies auto",
     "memory": "--tokens 1024 --layers 1 --threads 1",
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
+    "merge_error": "--pictures 2 --prompts 1 --methods auto",
     "picture_path": "--quick",
     "quality": "--quick --jobs 1 --out {folder}/answers",
     "server": "--clients 2 --pictures 2 --questions 1 --cancelled 2 --kv-max-cells 1024",

@@ -152,6 +152,27 @@ def test_slices(llama: Factory, work: Work, tmp_path: Path) -> None:
     assert work.encoded == (stats.encoded - 1) // 2
 
 
+def test_equal_slices_are_encoded_once(llama: Factory, work: Work, tmp_path: Path) -> None:
+    """Empty paper, beside slices that have something on them, which are not taken for it."""
+    llm = llama(mmproj=write_sliced_mmproj(tmp_path / "a.gguf"), n_ctx=4096, image_cache=None)
+    paper = Image.new("RGB", (96, 64), "white")
+    paper.paste((200, 0, 0), (40, 40, 50, 50))
+    messages = chat([paper], QUESTION)
+    found = logits(llm, messages)
+    n = len(llm.media_spans)
+    assert n == 7, "six slices and a thumbnail"
+    assert work.take() == (1, 3), "white, the one with a mark, and the thumbnail"
+    encode = type(llm.chat_handler._equal_slices).encoded
+    llm.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(llm.chat_handler._equal_slices), "encoded", lambda _, __, ___, each: each()
+        )
+        assert np.array_equal(logits(llm, messages), found), "as when each is encoded"
+    assert work.take()[1] == n
+    assert type(llm.chat_handler._equal_slices).encoded is encode
+
+
 def test_sound(llama: Factory, work: Work, tmp_path: Path) -> None:
     mmproj = write_audio_mmproj(tmp_path / "a.gguf")
     llm, plain = (llama(mmproj=mmproj, n_ctx=2048, image_cache=size) for size in (10**8, None))

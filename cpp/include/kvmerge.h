@@ -46,7 +46,7 @@ extern "C" {
 
 struct llama_context;
 
-#define KVMERGE_API_VERSION 12
+#define KVMERGE_API_VERSION 13
 
 enum kvmerge_status {
     KVMERGE_OK                = 0,
@@ -156,6 +156,9 @@ struct kvmerge_stats {
     int32_t n_text_after;
     int64_t bytes_per_cell;  // K and V bytes of one cell over all layers
     int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
+    float   error;           // how far the last merge moves what attention returns: the length of the difference to what it
+                             // returned before, as a share, for queries of text that nothing was fitted to and as the mean
+                             // over the layers; -1: it was not measured, as too few queries were observed
     int64_t t_score_us;      // time of the last merge: reading scores and flow,
     int64_t t_match_us;      //   selecting and matching,
     int64_t t_fold_us;       //   folding and compacting,
@@ -251,6 +254,14 @@ KVMERGE_API int32_t kvmerge_lay_out(struct kvmerge_engine * engine, bool merged)
 // no more than that.
 //   n_cells  [1, cells of the sequence]
 KVMERGE_API int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_cells);
+
+// The same to the first of several numbers of cells whose error (see struct kvmerge_stats) is at most `tolerance`. Where it
+// is larger for all of them, or cannot be measured, nothing is merged (OK). Each number that is tried costs about as much as a
+// merge.
+//   n_cells    [n] ascending
+//   n          1 and more
+//   tolerance  0 and more
+KVMERGE_API int32_t kvmerge_merge_within(struct kvmerge_engine * engine, int32_t seq_id, const int32_t * n_cells, int32_t n, float tolerance);
 
 // What a merge asks the caller for, where the caller plans. Rows of [n] follow each other by layer and KV head (see
 // kvmerge_get_layer()); K, V and queries are read with kvmerge_read_cells() and kvmerge_read_queries().

@@ -90,7 +90,13 @@ int32_t kvmerge_media_end(struct kvmerge_engine * engine) {
 }
 
 int32_t kvmerge_merge(struct kvmerge_engine * engine, int32_t seq_id, int32_t n_cells) {
-    return guarded([&]() -> int32_t { return engine->merge(seq_id, n_cells); });
+    return guarded([&]() -> int32_t { return engine->merge(seq_id, { n_cells }, INFINITY); });
+}
+
+int32_t kvmerge_merge_within(struct kvmerge_engine * engine, int32_t seq_id, const int32_t * n_cells, int32_t n, float tolerance) {
+    return guarded([&]() -> int32_t {
+        return engine->merge(seq_id, std::vector<int32_t>(n_cells, n_cells + std::max(0, n)), tolerance);
+    });
 }
 
 int32_t kvmerge_set_room(struct kvmerge_engine * engine, int32_t n_cells_max, float share, int32_t n_whole) {

@@ -251,6 +251,7 @@ kvmerge_status kvmerge_engine::init_layers() {
 
     room.is_elastic = cache.get_size() < lctx->get_cparams().n_ctx_seq;
 
+    stats.error          = -1;
     stats.n_layers       = layers.size();
     stats.n_heads        = n_head_kv_max();
     for (const auto & layer : layers) {

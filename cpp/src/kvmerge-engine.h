@@ -15,6 +15,7 @@
 #include "llama.h"
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -74,7 +75,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     kvmerge_status media_weights(const float * weights, int32_t n);
     kvmerge_status media_end();
 
-    kvmerge_status merge(llama_seq_id seq_id, int32_t n_cells);
+    // to the first of these numbers of cells, ascending, whose error is within the tolerance
+    kvmerge_status merge(llama_seq_id seq_id, const std::vector<int32_t> & n_cells, float tolerance);
 
     kvmerge_status set_room(int32_t n_cells_max, float share, int32_t n_whole);
 
@@ -138,7 +140,7 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // false: positions [p0, p1) cut into merged cells
     bool may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
-    bool is_pending() const { return pending.n_cells > 0 || n_wanted > 0 || is_restored; }
+    bool is_pending() const { return !pending.goal.n_cells.empty() || n_wanted > 0 || is_restored; }
 
     //
     // for the steps
@@ -250,14 +252,22 @@ private:
     // kvmerge-merge.cpp
     //
 
+    struct merge_goal {
+        std::vector<int32_t> n_cells;               // ascending; the first that the tolerance allows
+        float                tolerance = INFINITY;
+
+        // an error of less than 0 was not measured
+        bool allows(float error) const { return tolerance == INFINITY || (error >= 0 && error <= tolerance); }
+    };
+
     // A merge, done or not begun, or KVMERGE_ERROR_CLEARED.
     //   n_most  cells that no layer exceeds, where layers differ
-    kvmerge_status run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most);
+    kvmerge_status run(llama_seq_id seq_id, const merge_goal & goal, int32_t n_most);
 
     enum merge_progress { NOT_BEGUN, CHANGING, DONE }; // of the cache
 
     kvmerge_status merge_cells(
-            llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, merge_progress & progress);
+            llama_seq_id seq_id, const std::vector<uint32_t> & cells, const merge_goal & goal, int32_t n_most, merge_progress & progress);
 
     // after a merge that failed half-way: the sequence goes, with the cells that it had
     void clear(llama_seq_id seq_id, const std::vector<uint32_t> & cells) noexcept;
@@ -386,7 +396,7 @@ private:
 
     struct {
         llama_seq_id   seq_id  = -1;
-        int32_t        n_cells = 0; // 0: no merge is waiting
+        merge_goal     goal;        // without any number of cells: no merge is waiting
         bool           has_run = false;
         kvmerge_status status  = KVMERGE_OK;
     } pending;

@@ -9,6 +9,7 @@
 #include "kvmerge-error.h"
 #include "kvmerge-fold.h"
 #include "kvmerge-match.h"
+#include "kvmerge-measure.h"
 #include "kvmerge-mosaic.h"
 #include "kvmerge-parallel.h"
 #include "kvmerge-pool.h"
@@ -22,7 +23,9 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <new>
+#include <optional>
 #include <utility>
 
 // the steps, and what they hand on
@@ -30,7 +33,7 @@ class kvmerge_engine::merge_steps {
 public:
     merge_steps(kvmerge_engine & engine, llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most) :
         engine(engine), params(engine.params), seq_id(seq_id), cells(cells), n_cells(n_cells), n_most(n_most),
-        n_text(engine.n_text_kept(n_cells, cells, seq_id)), graph(engine.lctx),
+        n_text(engine.n_text_kept(n_cells, cells, seq_id)), held_out(kvmerge_held_out(engine, seq_id, engine.n_seen(seq_id))), graph(engine.lctx),
         plans(engine.layers.size()), flows(engine.layers.size()), budgets(engine.layers.size()), logits(engine.n_head_kv_max()),
         compaction(engine) {}
 
@@ -46,6 +49,9 @@ public:
     // the cells are those of the pivots; takes no memory
     void commit() noexcept;
 
+    // how far what attention returns is moved, as the mean over the layers; -1: it could not be measured
+    float error() const { return held_out.empty() ? -1 : error_sum/n_layers(); }
+
     int32_t n_after = 0; // cells of the layer that keeps most
     int64_t t_score = 0; // us
 
@@ -60,6 +66,7 @@ private:
     bool choose_targets (size_t l);
     bool find_similarity(size_t l);
     bool weigh          (size_t l);
+    bool measure        (size_t l);
 
     // the next layer writes over the logits of the one before
     void take_logits(size_t l);
@@ -76,6 +83,10 @@ private:
     const int32_t n_cells; // to be left, as the mean over the layers
     const int32_t n_most;  // that no layer exceeds
     const int32_t n_text;  // of text that stay in every layer
+
+    const std::vector<int32_t> held_out; // slots of the queries that the error is measured on
+
+    double error_sum = 0;
 
     kvmerge_graph graph;
 
@@ -207,7 +218,7 @@ void kvmerge_engine::merge_steps::allocate() {
 }
 
 kvmerge_status kvmerge_engine::merge_steps::match(size_t l) {
-    if (!choose_targets(l) || !find_similarity(l) || !weigh(l)) {
+    if (!choose_targets(l) || !find_similarity(l) || !weigh(l) || !measure(l)) {
         return kvmerge_error(KVMERGE_ERROR_COMPUTE, "the backend failed to match layer %d", engine.layers[l].il);
     }
 
@@ -265,6 +276,21 @@ bool kvmerge_engine::merge_steps::weigh(size_t l) {
     });
 }
 
+bool kvmerge_engine::merge_steps::measure(size_t l) {
+    if (held_out.empty()) {
+        return true;
+    }
+
+    kvmerge_error_sums sums;
+
+    if (!kvmerge_measure_layer(graph, engine, engine.layers[l], held_out, cells, plans[l], sums)) {
+        return false;
+    }
+    error_sum += sums.whole > 0 ? std::sqrt(sums.moved/sums.whole) : 0;
+
+    return true;
+}
+
 void kvmerge_engine::merge_steps::take_logits(size_t l) {
     for (size_t h = 0; h < plans[l].size(); ++h) {
         logits[h] = plans[l][h].take_logits();
@@ -320,7 +346,7 @@ void kvmerge_engine::merge_steps::commit() noexcept {
 // the merge
 //
 
-kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t n_most) {
+kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, const merge_goal & goal, int32_t n_most) {
     lctx->synchronize();
 
     const auto cells = sequence_cells(seq_id);
@@ -329,7 +355,7 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 
     kvmerge_status status;
     try {
-        status = merge_cells(seq_id, cells, n_cells, n_most, progress);
+        status = merge_cells(seq_id, cells, goal, n_most, progress);
     } catch (const std::exception & e) {
         const bool is_memory = dynamic_cast<const std::bad_alloc *>(&e);
 
@@ -352,32 +378,45 @@ kvmerge_status kvmerge_engine::run(llama_seq_id seq_id, int32_t n_cells, int32_t
 }
 
 kvmerge_status kvmerge_engine::merge_cells(
-        llama_seq_id seq_id, const std::vector<uint32_t> & cells, int32_t n_cells, int32_t n_most, merge_progress & progress) {
+        llama_seq_id seq_id, const std::vector<uint32_t> & cells, const merge_goal & goal, int32_t n_most, merge_progress & progress) {
     const int64_t t_start = ggml_time_us();
 
     if (!store_all()) {
         return kvmerge_error(KVMERGE_ERROR_MEMORY, "not enough memory to merge");
     }
 
-    merge_steps steps(*this, seq_id, cells, n_cells, n_most);
+    std::optional<merge_steps> steps;
 
-    if (const auto status = steps.plan()) {
-        return status;
+    for (int32_t n_cells : goal.n_cells) {
+        steps.emplace(*this, seq_id, cells, n_cells, n_most);
+
+        if (const auto status = steps->plan()) {
+            return status;
+        }
+        if (goal.allows(steps->error())) {
+            break;
+        }
+        steps.reset();
+    }
+    if (!steps) {
+        LLAMA_LOG_INFO("%s: sequence %d: no merge stays within an error of %g, nothing was merged\n", __func__, seq_id, goal.tolerance);
+
+        return KVMERGE_OK;
     }
 
     const int64_t t_planned = ggml_time_us();
 
-    if (const auto status = steps.reserve()) {
+    if (const auto status = steps->reserve()) {
         return status;
     }
 
     progress = CHANGING;
 
-    if (const auto status = steps.fold()) {
+    if (const auto status = steps->fold()) {
         return status;
     }
 
-    steps.commit();
+    steps->commit();
 
     progress = DONE;
 
@@ -386,9 +425,10 @@ kvmerge_status kvmerge_engine::merge_cells(
     const int64_t t_end = ggml_time_us();
 
     stats.n_cells_before = cells.size();
-    stats.n_cells_after  = steps.n_after;
-    stats.t_score_us     = steps.t_score;
-    stats.t_match_us     = t_planned - t_start - steps.t_score;
+    stats.n_cells_after  = steps->n_after;
+    stats.error          = steps->error();
+    stats.t_score_us     = steps->t_score;
+    stats.t_match_us     = t_planned - t_start - steps->t_score;
     stats.t_fold_us      = t_end     - t_planned;
     stats.t_total_us     = t_end     - t_start;
 

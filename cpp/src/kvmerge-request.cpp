@@ -8,6 +8,8 @@
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 kvmerge_status kvmerge_engine::check_merge(llama_seq_id seq_id, const std::vector<uint32_t> & cells) const {
@@ -26,17 +28,32 @@ kvmerge_status kvmerge_engine::check_merge(llama_seq_id seq_id, const std::vecto
     return KVMERGE_OK;
 }
 
-kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
+kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, const std::vector<int32_t> & n_cells, float tolerance) {
     if (seq_id < 0 || (size_t) seq_id >= sequences.size()) {
         return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "seq_id is %d, accepted is 0 to %zu", seq_id, sequences.size() - 1);
     }
-    if (n_cells < 1) {
-        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_cells is %d, accepted is 1 and more", n_cells);
+    if (n_cells.empty()) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "no number of cells to merge to, accepted is one and more");
+    }
+    for (size_t i = 0; i < n_cells.size(); ++i) {
+        if (n_cells[i] < 1) {
+            return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_cells is %d, accepted is 1 and more", n_cells[i]);
+        }
+        if (i > 0 && n_cells[i] <= n_cells[i - 1]) {
+            return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "n_cells has %d after %d, accepted is a larger one", n_cells[i], n_cells[i - 1]);
+        }
+    }
+    if (!(tolerance >= 0)) {
+        return kvmerge_error(KVMERGE_ERROR_ARGUMENT, "tolerance is %g, accepted is 0 and more", tolerance);
     }
 
     const auto cells = sequence_cells(seq_id);
 
-    if ((size_t) n_cells >= cells.size()) {
+    merge_goal goal;
+    goal.tolerance = tolerance;
+    std::copy_if(n_cells.begin(), n_cells.end(), std::back_inserter(goal.n_cells), [&](int32_t n) { return (size_t) n < cells.size(); });
+
+    if (goal.n_cells.empty()) {
         return KVMERGE_OK;
     }
     if (const auto status = check_merge(seq_id, cells)) {
@@ -49,8 +66,8 @@ kvmerge_status kvmerge_engine::merge(llama_seq_id seq_id, int32_t n_cells) {
         ~request_scope() { request = {}; }
     } scope = { pending };
 
-    pending.seq_id  = seq_id;
-    pending.n_cells = n_cells;
+    pending.seq_id = seq_id;
+    pending.goal   = std::move(goal);
 
     on_init_update(false); // what a batch before asked for is not wanted any more
 
@@ -103,9 +120,9 @@ bool kvmerge_engine::on_update(llama_context * lctx_update) {
             updated     = true;
             is_restored = false;
         }
-        if (pending.n_cells > 0) {
+        if (!pending.goal.n_cells.empty()) {
             pending.has_run = true;
-            pending.status  = run(pending.seq_id, pending.n_cells, n_cells_max());
+            pending.status  = run(pending.seq_id, pending.goal, n_cells_max());
             updated        = pending.status == KVMERGE_OK;
         }
     } catch (const std::bad_alloc &) {

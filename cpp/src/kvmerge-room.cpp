@@ -226,7 +226,7 @@ kvmerge_status kvmerge_engine::take_room(int32_t n_fit, bool of_idle) {
             continue;
         }
 
-        const auto status = run(ids[i], n_target, n_level);
+        const auto status = run(ids[i], { { n_target } }, n_level);
         if (status != KVMERGE_OK) {
             return status;
         }

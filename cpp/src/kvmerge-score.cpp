@@ -36,9 +36,7 @@ static ggml_tensor * build_keys(kvmerge_graph & graph, const kvmerge_layer & lay
     return ggml_reshape_3d(ctx, kvmerge_build_key_rows(graph, layer, rows), layer.n_embd_head_k, n, n_heads);
 }
 
-// attention logits of the queries in `slots` over the cells, without bias and mask, for n_heads KV heads from `head` on:
-// [n, rows, n_group*n_heads]
-static ggml_tensor * build_logits(
+ggml_tensor * kvmerge_build_logits(
         kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer,
         const std::vector<int32_t> & slots, const std::vector<uint32_t> & cells, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
@@ -65,8 +63,7 @@ static ggml_tensor * build_logits(
     return ggml_scale(ctx, kq, layer.kq_scale);
 }
 
-// attention weights from the logits: [n, rows, n_group, n_heads]
-static ggml_tensor * build_attention(
+ggml_tensor * kvmerge_build_attention(
         kvmerge_graph & graph, const kvmerge_engine & engine, const kvmerge_layer & layer, ggml_tensor * kq,
         const std::vector<int32_t> & slots, const std::vector<kvmerge_plan> & plans, int32_t head, int32_t n_heads) {
     ggml_context * ctx = graph.ctx();
@@ -148,6 +145,16 @@ static std::vector<int32_t> spread_text(const kvmerge_observer & observer, const
     return res;
 }
 
+std::vector<int32_t> kvmerge_fitted_text(const kvmerge_engine & engine, llama_seq_id seq_id, int32_t n_seen) {
+    if (!kvmerge_needs_logits(engine.params)) {
+        return {};
+    }
+
+    const auto & observer = engine.observer;
+
+    return spread_text(observer, observer.samples(seq_id, n_seen), observer.window(seq_id, n_seen).size());
+}
+
 bool kvmerge_needs_logits(const kvmerge_params & params) {
     return params.bias == KVMERGE_BIAS_FIT;
 }
@@ -161,17 +168,17 @@ static void build_importance(
 
     const int64_t n = cells.size();
 
-    ggml_tensor * kq = build_logits(graph, engine, layer, slots, cells, head, n_heads);
+    ggml_tensor * kq = kvmerge_build_logits(graph, engine, layer, slots, cells, head, n_heads);
 
     if (kvmerge_needs_logits(engine.params)) {
         output_logits(graph, kq, plans, head, n_heads);
 
         if (!text.empty()) {
-            output_logits(graph, build_logits(graph, engine, layer, text, cells, head, n_heads), plans, head, n_heads);
+            output_logits(graph, kvmerge_build_logits(graph, engine, layer, text, cells, head, n_heads), plans, head, n_heads);
         }
     }
 
-    ggml_tensor * a = build_attention(graph, engine, layer, kq, slots, plans, head, n_heads);
+    ggml_tensor * a = kvmerge_build_attention(graph, engine, layer, kq, slots, plans, head, n_heads);
 
     a = ggml_reshape_3d(ctx, a, n, a->ne[1]*a->ne[2], n_heads);                          // [n, rows*n_group, n_heads]
     a = kvmerge_build_sum_rows(ctx, a);                                                  // [n, 1, n_heads]
@@ -210,8 +217,8 @@ static void build_modalities(
     const int64_t n      = cells.size();
     const int64_t n_rows = slots.size();
 
-    ggml_tensor * a = build_logits(graph, engine, layer, slots, cells, head, n_heads);
-    a = build_attention(graph, engine, layer, a, slots, plans, head, n_heads);
+    ggml_tensor * a = kvmerge_build_logits(graph, engine, layer, slots, cells, head, n_heads);
+    a = kvmerge_build_attention(graph, engine, layer, a, slots, plans, head, n_heads);
 
     // 1 where a cell is of a modality: the products are what each query gives to each modality
     std::vector<float> is_of(n*n_modalities*n_heads);
@@ -282,7 +289,7 @@ bool kvmerge_score_layer(
     const auto window  = engine.observer.window (seq_id, n_seen);
     const auto samples = engine.observer.samples(seq_id, n_seen);
 
-    const auto text = kvmerge_needs_logits(engine.params) ? spread_text(engine.observer, samples, window.size()) : std::vector<int32_t> {};
+    const auto text    = kvmerge_fitted_text(engine, seq_id, n_seen);
 
     int n_present = 0;
     for (int m = 0; m < n_modalities; ++m) {

@@ -329,6 +329,7 @@ void kvmerge_engine::read_shape(llama_io_read_i & io) const {
 void kvmerge_engine::read_figures(llama_io_read_i & io, saved_state & saved) const {
     for_each_figure(saved.stats, [&](auto & value) { value = kvmerge_read<std::remove_reference_t<decltype(value)>>(io); });
 
+    saved.stats.error          = -1;
     saved.stats.n_layers       = kvmerge_read<int32_t>(io);
     saved.stats.n_heads        = kvmerge_read<int32_t>(io);
     saved.stats.bytes_per_cell = kvmerge_read<int64_t>(io);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -331,13 +332,51 @@ class KVCache:
         CacheClearedError
             If the merge failed when the cache had changed: nothing is held any more.
         """
+        self.merge_within([cells], math.inf, before)
+
+    def merge_within(self, cells: Sequence[int], tolerance: float, before: tuple[int, int]) -> bool:
+        """Merge to the first of some numbers of cells whose error is within a tolerance.
+
+        Parameters
+        ----------
+        cells : sequence of int
+            Cells to keep, as the mean over the layers, ascending.
+        tolerance : float
+            The largest error; see `MergeRecord`.
+        before : tuple of int
+            What `held` returns now.
+
+        Returns
+        -------
+        bool
+            Whether there is one; else nothing was merged.
+
+        Raises
+        ------
+        CacheClearedError
+            If the merge failed when the cache had changed: nothing is held any more.
+        """
         assert self.engine is not None
+        n = len(self._merges)
         try:
-            self.engine.merge(cells)
+            self.engine.merge_within(cells, tolerance)
         except CacheClearedError:
             self.clear()
             raise
         self.note_merges(before)
+        return len(self._merges) > n
+
+    def merged_share(self, *, of_media: bool) -> float:
+        """Return the share of the tokens that the last merge kept, of pictures and sound or of all.
+
+        A little less, so that a rounded number of cells does not look like more; 0 where nothing
+        was merged.
+        """
+        if not self._merges:
+            return 0.0
+        last = self._merges[-1]
+        others = last.text_after if of_media else 0
+        return max(0.0, (last.cells_after - others) / max(1, last.tokens - others) - 0.01)
 
     def note_merges(self, before: tuple[int, int] | None = None) -> None:
         """Note every merge since the last one noted: one was asked for, or batches needed room."""
@@ -356,10 +395,11 @@ class KVCache:
     def _note(self, merge: EngineStats, before: int, bytes_before: int) -> None:
         ms, after = merge.t_total_us / 1000, round(merge.bytes_after / merge.bytes_per_cell)
         text, text_after = merge.n_text_before, merge.n_text_after
-        self._merges.append(MergeRecord(merge.n_tokens, before, after, ms, text, text_after))
+        error = merge.error if merge.error >= 0 else None
+        self._merges.append(MergeRecord(merge.n_tokens, before, after, ms, text, text_after, error))
         log.info(
             "merged %d cells into %d (%s; %d tokens, %d positions), %.2f MiB into %.2f MiB, "
-            "%.1f ms",
+            "%.1f ms, %s",
             before,
             after,
             f"text: {text} into {text_after}" if text_after < text else "all text kept",
@@ -368,6 +408,7 @@ class KVCache:
             bytes_before / MIB,
             merge.bytes_after / MIB,
             ms,
+            "error not measured" if error is None else f"error {error:.3f}",
         )
 
     # Copies.

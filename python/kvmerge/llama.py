@@ -70,12 +70,13 @@ class Llama(AnsweringLlama):
     kv_merge : str or Policy or None
         How the cache is merged: a name from `kvmerge.presets`, a policy such as
         ``kvmerge.FlowMM(theta=0.2)``, or None for not at all.
-    kv_budget : float or int
+    kv_budget : float, int or "auto"
         What is **kept**: a float in (0, 1] is a fraction of the tokens, an int is cells.  A
         fraction never goes below the tokens that the policy always keeps (its sinks and window).
-        1.0 never merges.  With ``kv_merge="auto"`` it is what is kept of pictures and sound, as a
-        fraction of their tokens or as cells for all of them; text is kept whole beside it, unless
-        `kv_max_cells` leaves no room.
+        1.0 never merges.  ``"auto"`` keeps the smallest share, of a few, whose measured error is
+        within `kvmerge.budget.TOLERANCE`.  With ``kv_merge="auto"`` it is what is kept of pictures
+        and sound, as a fraction of their tokens or as cells for all of them; text is kept whole
+        beside it, unless `kv_max_cells` leaves no room.
     merge_before : int
         How many of the prompt's last tokens are read after the merge instead of before it.  With 0
         the whole prompt is read before, and the first token of the answer still comes from the
@@ -136,7 +137,7 @@ class Llama(AnsweringLlama):
         *,
         mmproj: str | os.PathLike[str] | None = None,
         kv_merge: str | Policy | None = None,
-        kv_budget: float | int = 0.2,
+        kv_budget: float | int | str = 0.2,
         merge_before: int = 0,
         kv_max_cells: int | str | None = None,
         keep_last_images: int = 0,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .budget import TOLERANCE
 from .cache import KVCache
 from .errors import ContextLengthError, DecodeError, MediaError, StateError, StoppedError
 from .progress import Listener, Meter
@@ -65,6 +66,8 @@ class PromptReader:
         self._prompt: list[int] | None = None
         # The prompt that was read last, and the logits from which its answer began.
         self._end: tuple[list[int], npt.NDArray[np.single]] | None = None
+        # What was held when no merge stayed within the tolerance.
+        self._refused: int | None = None
 
     def open(
         self, context: Any, batch: Any, n_vocab: int, scores: npt.NDArray[np.single] | None
@@ -321,14 +324,29 @@ class PromptReader:
         if cache.engine is None or policy is None:
             return
         # What stays as it is comes on top of a fraction; a number of cells is what was asked for.
-        whole = 0 if isinstance(budget.kept, int) else self._whole_tokens()
+        whole = 0 if budget.is_cells else self._whole_tokens()
         media = cache.n_media_tokens()
-        cells = whole + policy.kept_cells(
-            budget, cache.n_tokens - media, media - whole, len(cache.spans)
+        text = cache.n_tokens - media
+        # What was merged once is not merged further, however well that would fit.
+        at_least = cache.merged_share(of_media=policy.budget_of == "media")
+        cells = sorted(
+            {
+                whole + policy.kept_cells(choice, text, media - whole, len(cache.spans))
+                for choice in budget.choices(at_least)
+            }
         )
         held = cache.held()
-        if held[0] > cells:
-            cache.merge(cells, held)
+        if not cells or held[0] <= cells[0]:
+            return
+        if not budget.is_measured:
+            cache.merge(cells[0], held)
+            return
+        # What did not fit is not tried again with every word that is added.
+        about = hash(tuple(span.digest for span in cache.spans))
+        if policy.budget_of != "media":
+            about = hash(cache.ids[: cache.n_tokens].tobytes())
+        if about != self._refused and not cache.merge_within(cells, TOLERANCE, held):
+            self._refused = about
 
     def _whole_tokens(self) -> int:
         """Return the tokens of the pictures that are not merged."""

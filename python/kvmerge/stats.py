@@ -67,6 +67,11 @@ class MergeRecord:
         How long it took.
     text_before, text_after : int
         Cells of text among them, before and after, as the mean over layers and KV heads.
+    error : float or None
+        How far the merge moves what attention returns: the length of the difference to what it
+        returned before, as a share of it and as the mean over the layers.  It is measured on
+        queries of the text that was read, to which nothing was fitted; what a question that nobody
+        has asked yet looks for is not in it.  None where too little text was read to measure it.
     """
 
     tokens: int
@@ -75,6 +80,7 @@ class MergeRecord:
     ms: float
     text_before: int
     text_after: int
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,9 @@ class KVStats:
         MiB that one cell a token would take.
     policy : str
         The policy; ``"none"`` when merging is off.
-    budget : float or int or None
-        What is kept: a fraction of the tokens, or a number of cells; None when merging is off.
+    budget : float, int, "auto" or None
+        What is kept: a fraction of the tokens, a number of cells, or as few as the measured error
+        allows; None when merging is off.
     budget_of : str
         What the budget is of: ``"tokens"``, or ``"media"`` where text is left alone and the budget
         says what is kept of pictures and sound.
@@ -130,7 +137,7 @@ class KVStats:
     mib: float
     mib_full: float
     policy: str
-    budget: float | int | None
+    budget: float | int | str | None
     budget_of: str = "tokens"
     merges: tuple[MergeRecord, ...] = ()
     last_merge_ms: float = 0.0
@@ -177,7 +184,10 @@ class KVStats:
             lines.append("merging         off")
             return "\n".join(lines)
         lines.append(f"policy          {self.policy}")
-        if self.budget_of == "media":
+        if isinstance(self.budget, str):
+            what = "pictures and sound" if self.budget_of == "media" else "the tokens"
+            lines.append(f"budget          {self.budget}: as few of {what} as the error allows")
+        elif self.budget_of == "media":
             unit = "cells for" if isinstance(self.budget, int) else "of"
             kept = f"{self.budget:g} {unit} pictures and sound kept"
             lines.append(f"budget          {kept}, and all text")
@@ -186,6 +196,8 @@ class KVStats:
             lines.append(f"budget          {self.budget:g} {unit} kept")
         last = f", the last took {self.last_merge_ms:.1f} ms" if self.merges else ""
         lines.append(f"merges          {len(self.merges)}{last}")
+        if self.merges and self.merges[-1].error is not None:
+            lines.append(f"error           {self.merges[-1].error:.3f} by the last merge")
         lost = sum(merge.text_before - merge.text_after for merge in self.merges)
         if lost:
             lines.append(f"text            {lost} tokens were merged or dropped")

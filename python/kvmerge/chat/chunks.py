@@ -33,6 +33,8 @@ class Chunk:
     """SHA-256 of the file's bytes, in hex."""
     number: int
     """Which of the slices of the picture it is."""
+    n_slices: int
+    """How many slices the picture has."""
     merged: MergedTokens | None = None
     """What is read, where it was merged already."""
 
@@ -192,5 +194,5 @@ class Chunks:
         file_digest = bitmap_id.decode()
         digest = self._digest_of_slice(file_digest, number)
         modality = "image" if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE else "audio"
-        number %= n_slices[bitmap_id]
-        return Chunk(self, index, digest, modality, n_tokens, n_tokens, file_digest, number)
+        n = n_slices[bitmap_id]
+        return Chunk(self, index, digest, modality, n_tokens, n_tokens, file_digest, number % n, n)

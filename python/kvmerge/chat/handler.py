@@ -38,6 +38,7 @@ from ..errors import (
 from ..estimate.projector_size import DryProjector
 from ..gguf_file import check_gguf, sha256_of
 from ..media.embedding_batch import decode_embeddings, picture_positions
+from ..media.equal_slices import EqualSlices
 from ..media.image_cache import Encoded, ImageCache
 from ..media.image_merge import ImageMerge, ImageMergeCounts, MergedTokens, reason_to_read_whole
 from ..media.part import MediaPart, find_media
@@ -46,6 +47,7 @@ from ..native import backends
 from ..native.binding import trim
 from ..native.library import LLAMA_CPP_PYTHON
 from ..native.log import caught
+from ..native.slices import slice_pixels
 from ..progress import Meter
 from ..prompt import Prompt, Segment, placeholder_ids
 from .bitmaps import Bitmaps, remember
@@ -138,6 +140,7 @@ class ChatHandler(MTMDChatHandler):
         self._llama: weakref.ref[Model] | None = None
         self._templates: ChatTemplate | None = None
         self._bitmaps = Bitmaps(self.clip_model_path, self.image_cache)
+        self._equal_slices = EqualSlices()
 
     # Loading.
 
@@ -410,6 +413,19 @@ class ChatHandler(MTMDChatHandler):
         if kept is not None:
             return kept
         pointer = chunk.filled
+        encode = partial(self._encode, chunk, pointer)
+        pixels = slice_pixels(pointer) if chunk.n_slices > 1 else None
+        if pixels is None:
+            embeddings = encode()
+        else:
+            embeddings = self._equal_slices.encoded(chunk.file_digest, pixels, encode)
+            if chunk.number == chunk.n_slices - 1:
+                self._equal_slices.clear()
+        size = self._bitmaps.size(chunk.file_digest)
+        self.image_cache.put(name, Encoded(chunk.modality, size, embeddings))
+        return embeddings
+
+    def _encode(self, chunk: Chunk, pointer: Any) -> npt.NDArray[np.float32]:
         with caught() as errors:
             status = mtmd_cpp.mtmd_encode_chunk(self.mtmd_ctx, pointer)
         if status != 0:
@@ -421,10 +437,7 @@ class ChatHandler(MTMDChatHandler):
         assert llama is not None
         shape = chunk.n_encoded, int(llama_cpp.llama_model_n_embd_inp(llama.model))
         values = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(self.mtmd_ctx), shape)
-        embeddings = values.copy()  # The next picture is encoded to the same place.
-        size = self._bitmaps.size(chunk.file_digest)
-        self.image_cache.put(name, Encoded(chunk.modality, size, embeddings))
-        return embeddings
+        return values.copy()  # The next picture is encoded to the same place.
 
     def __call__(  # type: ignore[override]
         self, *, llama: Model, messages: list[Any], **options: Any

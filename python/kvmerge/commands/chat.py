@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, cosine, kept, temperature
+from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, cosine, kept_or_measured, temperature
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-merge", default="auto", help="how the cache is merged, or none")
     parser.add_argument(
         "--kv-budget",
-        type=kept,
+        type=kept_or_measured,
         default=0.2,
-        help="what is kept: a fraction such as 0.2, or a number of cells",
+        help="what is kept: a fraction such as 0.2, a number of cells, or auto",
     )
     parser.add_argument("--kv-max-cells", type=cap, help="the most cells, or bytes such as 512MiB")
     parser.add_argument(

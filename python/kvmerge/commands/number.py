@@ -76,6 +76,13 @@ def kept(text: str) -> float | int:
         ) from None
 
 
+def kept_or_measured(text: str) -> float | int | str:
+    """Return what ``kv_budget`` may be: also ``auto``."""
+    from ..budget import MEASURED
+
+    return MEASURED if text == MEASURED else kept(text)
+
+
 def cap(text: str) -> Cap:
     """Return what ``kv_max_cells`` may be: a whole number of cells, or bytes."""
     from ..cap import Cap

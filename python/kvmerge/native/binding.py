@@ -136,6 +136,7 @@ class EngineStats:
     n_text_after: int
     bytes_per_cell: int
     bytes_after: int
+    error: float
     t_score_us: int
     t_match_us: int
     t_fold_us: int
@@ -433,6 +434,18 @@ class Engine:
         """Merge a sequence down to a number of cells."""
         self._check(self._library.kvmerge_merge(self._engine, sequence, cells))
 
+    def merge_within(self, cells: Sequence[int], tolerance: float, sequence: int = 0) -> None:
+        """Merge a sequence to the first of some numbers of cells, ascending.
+
+        Its error is at most `tolerance`; where there is none, nothing is merged.
+        """
+        numbers = self._ffi.new("int32_t[]", list(cells))
+        self._check(
+            self._library.kvmerge_merge_within(
+                self._engine, sequence, numbers, len(cells), tolerance
+            )
+        )
+
     def n_cells(self, sequence: int = 0) -> int:
         """Return the cells that a sequence holds."""
         return self._check(self._library.kvmerge_n_cells(self._engine, sequence))
@@ -450,7 +463,7 @@ class Engine:
     @staticmethod
     def _figures(native: Any) -> EngineStats:
         names = EngineStats.__dataclass_fields__
-        return EngineStats(**{name: int(getattr(native, name)) for name in names})
+        return EngineStats(**{name: getattr(native, name) for name in names})
 
     def merges(self, count: int) -> list[EngineStats]:
         """Return the figures of the last merges, the newest at the end; of 64 at most."""
