@@ -130,28 +130,22 @@ def test_too_little_text_is_not_measured(model: Path) -> None:
 
 @pytest.mark.parametrize("policy", [Auto(), FlowMM()], ids=str)
 def test_the_first_within_the_tolerance_is_taken(model: Path, policy: Policy) -> None:
-    with Session(model, merge=policy, cache_type="f32") as session:
-        engine = session.engine
-        read_prompt(session)
-        state = session.save()
-        numbers = [130, 150, 170, 190]
-        errors = []
-        for cells in numbers:
-            engine.merge(cells)
-            errors.append(engine.stats().error)
-            assert session.restore(state)
-        assert errors == sorted(errors, reverse=True)
-        for i, cells in enumerate(numbers):
-            n = engine.stats().n_merges
-            engine.merge_within(numbers, errors[i] * 1.0001)
-            assert engine.n_cells() == cells
-            assert engine.stats().error == pytest.approx(errors[i], rel=1e-4)
-            assert engine.stats().n_merges == n + 1
-            assert session.restore(state)
-        n, before = engine.stats().n_merges, engine.n_cells()
-        engine.merge_within(numbers, errors[-1] * 0.99)
-        assert (engine.stats().n_merges, engine.n_cells()) == (n, before)
-        assert np.isfinite(session.decode([1, 2, 3])).all()
+    numbers = [130, 150, 170, 190]
+
+    def merged(cells: list[int], tolerance: float) -> tuple[int, int, float]:
+        """Return the cells that are left, the merges, and the error of the last."""
+        with Session(model, merge=policy, cache_type="f32") as session:
+            read_prompt(session)
+            session.engine.merge_within(cells, tolerance)
+            assert np.isfinite(session.decode([1])).all()
+            stats = session.engine.stats()
+            return session.engine.n_cells() - 1, stats.n_merges, stats.error
+
+    errors = [merged([cells], 10.0)[2] for cells in numbers]
+    assert errors == sorted(errors, reverse=True)
+    for cells, error in zip(numbers, errors, strict=True):
+        assert merged(numbers, error * 1.0001) == (cells, 1, pytest.approx(error, rel=1e-4))
+    assert merged(numbers, errors[-1] * 0.99) == (merged([300], 10.0)[0], 0, -1)
 
 
 def test_numbers_that_are_none(model: Path) -> None:
