@@ -161,7 +161,7 @@ def test_saved_states_answer_the_same(
         logits = [session.decode([7, 8, 9]) for session in (first, second, fixed)]
         assert sizes(second) == sizes(first)
         assert second.engine.bytes() == first.engine.bytes()
-        # The next merge goes by the queries that a state holds, which may be fewer than were observed.
+        # The next merge goes by the queries that a state holds, which may be fewer.
         assert first.restore(saved, whole=whole)
         first.position = position
         first.decode([7, 8, 9])
