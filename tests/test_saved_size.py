@@ -110,6 +110,23 @@ def test_a_first_merge_after_loading(name: str, pictures: int, tmp_path: Path) -
     assert np.mean(alike) > 0.95
 
 
+@pytest.mark.parametrize("name", ["auto", "flowmm", "snapkv"])
+def test_a_copy_in_the_process_leaves_nothing_out(name: str) -> None:
+    """A merge of it is that of the cache that was copied, to the bit."""
+    tokens = np.random.default_rng(1).integers(5, 200, 100).tolist()
+    options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with kvmerge.Llama(pocket.model_path(), kv_merge=name, kv_budget=100, **options) as llm:
+        llm.eval(tokens)
+        state, found = llm.save_state(), []
+        for _ in range(2):
+            llm.engine.merge(40)
+            llm.eval([7])
+            found.append(llm.reader.last_logits().copy())
+            llm.load_state(state)
+        np.testing.assert_array_equal(*found)
+        assert llm.engine.read_queries(0).proxy.sum() == llm.policy.window
+
+
 def test_text_that_is_shorter_than_the_window(tmp_path: Path) -> None:
     with kvmerge.Llama(
         pocket.model_path(), n_ctx=512, n_threads=1, verbose=False, kv_merge="auto"

@@ -320,6 +320,10 @@ KVMERGE_API int32_t kvmerge_get_flow(
         float                       * media_to_text,
         int32_t                       capacity);
 
+// Whether states that are saved from now on hold all observed queries, so that a merge after restoring one is that of the
+// cache that was saved. Unless told otherwise they hold as many as keep a state about as small as the full cache would be.
+KVMERGE_API void kvmerge_save_all_queries(struct kvmerge_engine * engine, bool all);
+
 // Whether what a merge did to each cell is kept for kvmerge_get_plan(), which takes about 33 bytes a cell, layer and KV
 // head, and the flow measured even where the policy does not use it. It is unless told otherwise. With false what is kept
 // now goes.

@@ -219,6 +219,10 @@ int32_t kvmerge_get_flow(const struct kvmerge_engine * engine, float * rho, floa
     });
 }
 
+void kvmerge_save_all_queries(struct kvmerge_engine * engine, bool all) {
+    engine->saves_all_queries = all;
+}
+
 void kvmerge_keep_plans(struct kvmerge_engine * engine, bool keep) {
     engine->keep_plans(keep);
 }

@@ -88,6 +88,8 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
 
     void keep_plans(bool keep);
 
+    bool saves_all_queries = false; // with a state, however large that makes it
+
     // for the policy, or to be seen: it takes longer than the other scores
     bool measures_flow() const;
 

@@ -147,8 +147,8 @@ struct kvmerge_engine::saved_queries {
     }
 };
 
-// Only the rows that a merge would use, and of those no more than keep a state as small as the full cache would be: as take
-// half of what merging has saved, or before the first merge a small part of the cells.
+// Only the rows that a merge would use, and of those, unless all are asked for, no more than keep a state as small as the full
+// cache would be: as take half of what merging has saved, or before the first merge a small part of the cells.
 static constexpr int64_t UNMERGED_PART = 64;
 
 kvmerge_engine::saved_queries kvmerge_engine::choose_queries(llama_seq_id seq_id) const {
@@ -172,7 +172,7 @@ kvmerge_engine::saved_queries kvmerge_engine::choose_queries(llama_seq_id seq_id
     const int64_t room = full > held ? (full - held)/2 : held/UNMERGED_PART;
     const int64_t n    = window.size() + samples.size();
 
-    saved_queries res = { n*exact <= room, {} };
+    saved_queries res = { saves_all_queries || n*exact <= room, {} };
 
     const int64_t n_max     = res.is_exact ? n : std::max<int64_t>(full > held, room/small);
     const int64_t n_samples = std::min<int64_t>(samples.size(), std::max<int64_t>(n_max/2, n_max - (int64_t) window.size()));

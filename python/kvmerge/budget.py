@@ -41,7 +41,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         kept = self.kept
-        if kept == MEASURED and isinstance(kept, str):
+        if isinstance(kept, str) and kept == MEASURED:
             return
         if not isinstance(kept, bool):
             if isinstance(kept, Integral) and kept >= 1:

@@ -45,6 +45,8 @@ class Snapshot:
         Merges that the engine had counted, of other prompts too.
     is_whole : bool
         Whether `cells` are llama.cpp's state of the whole context instead, with its logits.
+    is_small : bool
+        Whether few of the observed queries go along: what comes back is merged a little otherwise.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -54,6 +56,7 @@ class Snapshot:
     cells: bytes | bytearray
     n_merges: int = 0
     is_whole: bool = False
+    is_small: bool = False
 
 
 class SavedState(LlamaState):
@@ -115,7 +118,7 @@ class KVCache:
     bytes_per_cell : int
         Bytes of K and V of one cell over all layers; 0 where it is not known.
     n_restored : int
-        How many tokens, from the first, were put back from a copy, which holds few of the queries
+        How many tokens, from the first, were put back from a copy that holds few of the queries
         that a merge looks at.
 
     Notes
@@ -413,13 +416,15 @@ class KVCache:
 
     # Copies.
 
-    def snapshot(self, *, whole: bool = False) -> Snapshot:
+    def snapshot(self, *, whole: bool = False, small: bool = False) -> Snapshot:
         """Copy what is held.
 
         Parameters
         ----------
         whole : bool
             Copy all that the context has, the logits too, and what something else has read.
+        small : bool
+            Leave out observed queries, so that it is no larger than a cache that does not merge.
 
         Raises
         ------
@@ -442,12 +447,19 @@ class KVCache:
             positions,
             self.spans,
             self.merges,
-            self._cells(whole),
+            self._cells(whole, small),
             self._counted_merges(),
             whole,
+            small,
         )
 
-    def _cells(self, whole: bool) -> bytearray:
+    def _cells(self, whole: bool, small: bool) -> bytearray:
+        if small or self.engine is None:
+            return self._state(whole)
+        with self.engine.saving_all_queries():
+            return self._state(whole)
+
+    def _state(self, whole: bool) -> bytearray:
         context = self._context.ctx
         if whole:
             size = llama_cpp.llama_state_get_size(context)
@@ -508,7 +520,8 @@ class KVCache:
         known, n = len(snapshot.positions) - 1, len(snapshot.tokens)
         self.append(snapshot.tokens[:known].tolist(), snapshot.positions)
         self.ids[known:n] = snapshot.tokens[known:]
-        self.n_tokens = self.n_restored = n
+        self.n_tokens = n
+        self.n_restored = n if snapshot.is_small else 0
 
     def _check(self, snapshot: Snapshot) -> None:
         """Check that the cells that were read are those of the tokens."""

@@ -126,7 +126,7 @@ def save(cache: KVCache, path: str | os.PathLike[str], about: dict[str, Any]) ->
     """
     if cache.n_tokens == 0:
         raise StateError("there is nothing to save: the cache is empty")
-    snapshot = cache.snapshot()
+    snapshot = cache.snapshot(small=True)
     fields = {
         "kvmerge": __version__,
         **about,
@@ -295,7 +295,7 @@ def _snapshot(header: dict[str, Any], cells: bytearray, n_vocab: int) -> Snapsho
         if (tokens[span.start : span.end] >= 0).any():
             raise ValueError("a picture has tokens of text")
         at = span.end
-    return Snapshot(tokens, positions, spans, merges, cells)
+    return Snapshot(tokens, positions, spans, merges, cells, is_small=True)
 
 
 def _integers(values: Any) -> npt.NDArray[np.int32]:

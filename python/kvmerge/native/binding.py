@@ -446,6 +446,15 @@ class Engine:
             )
         )
 
+    @contextmanager
+    def saving_all_queries(self) -> Iterator[None]:
+        """Let states that are saved inside hold all observed queries, however large they get."""
+        self._library.kvmerge_save_all_queries(self._engine, True)
+        try:
+            yield
+        finally:
+            self._library.kvmerge_save_all_queries(self._engine, False)
+
     def n_cells(self, sequence: int = 0) -> int:
         """Return the cells that a sequence holds."""
         return self._check(self._library.kvmerge_n_cells(self._engine, sequence))
