@@ -39,8 +39,8 @@ function(kvmerge_add_server llama_cpp_dir)
         return()
     endif()
 
-    # Most of the common parts is never called.
-    if(NOT MSVC)
+    # Most of the common parts is never called.  Upstream's tests do call them, in a library of their own.
+    if(NOT MSVC AND NOT KVMERGE_BUILD_UPSTREAM_TESTS)
         foreach(target cpp-httplib llama-common-base llama-common server-context llama-ui llama-server-impl)
             target_compile_options(${target} PRIVATE -ffunction-sections -fdata-sections -fvisibility=hidden)
         endforeach()
