@@ -340,6 +340,7 @@ for extra in range(0, 4000, 200):
             failed += 1
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        session.decode(words(256, 9))  # what was lost is had anew
         llama_cpp.llama_memory_clear(session.memory, True)
         assert session.engine.size() == 256, (extra, session.engine.size())
 print(failed)

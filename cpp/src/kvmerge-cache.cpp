@@ -115,6 +115,12 @@ llama_memory_context_ptr kvmerge_cache::init_update(llama_context * lctx, bool o
 llama_kv_cache::slot_info_vec_t kvmerge_cache::prepare(const std::vector<llama_ubatch> & ubatches) {
     auto res = llama_kv_cache::prepare(ubatches);
 
+    // llama.cpp goes on where there was no memory for its graphs, and would compute in none: the update that makes room
+    // reserves them anew
+    if (engine && engine->has_lost_graphs()) {
+        res.clear();
+    }
+
     if (engine && res.empty()) {
         engine->on_no_slot(ubatches);
     }

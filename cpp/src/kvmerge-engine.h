@@ -142,6 +142,9 @@ struct kvmerge_engine : std::enable_shared_from_this<kvmerge_engine> {
     // false: positions [p0, p1) cut into merged cells
     bool may_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
+    // the scheduler of the context has no buffers, because the last graph that it was to plan found no memory
+    bool has_lost_graphs() const;
+
     bool is_pending() const { return !pending.goal.n_cells.empty() || n_wanted > 0 || is_restored; }
 
     //

@@ -132,6 +132,18 @@ void kvmerge_engine::on_no_slot(const std::vector<llama_ubatch> & ubatches) {
     }
 }
 
+bool kvmerge_engine::has_lost_graphs() const {
+    ggml_backend_sched_t sched = lctx->get_sched();
+
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        if (ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i)) > 0) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 void kvmerge_engine::make_cells(uint64_t n_cells) {
     const auto & table = cache.get_cells(0);
 
