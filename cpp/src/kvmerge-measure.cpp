@@ -9,7 +9,7 @@
 #include <cmath>
 
 // queries that are asked: they cost little beside the scores, which take twice to four times as many
-static constexpr size_t N_HELD_OUT = 8;
+static constexpr size_t N_HELD_OUT = 4;
 
 // attention weights of one piece of the graph
 static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;

@@ -71,12 +71,6 @@ class Budget:
         """Whether it is a number of cells."""
         return isinstance(self.kept, int)
 
-    def choices(self, at_least: float = 0.0) -> tuple[Budget, ...]:
-        """Return what is tried, the smallest first: itself, or fractions of at least `at_least`."""
-        if not self.is_measured:
-            return (self,)
-        return tuple(Budget(share) for share in SHARES if share >= at_least)
-
     def cells(self, n_tokens: int, at_least: int = 0) -> int:
         """Return the cells that `n_tokens` tokens are merged down to.
 
@@ -109,3 +103,8 @@ class Budget:
         if isinstance(self.kept, int):
             return f"{self.kept} cells kept"
         return f"{self.kept:.4g} of the tokens kept"
+
+
+def shares_from(at_least: float) -> tuple[Budget, ...]:
+    """Return what ``kv_budget="auto"`` tries, the smallest first, of at least a share."""
+    return tuple(Budget(share) for share in SHARES if share >= at_least)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .budget import TOLERANCE
+from .budget import TOLERANCE, Budget, shares_from
 from .cache import KVCache
 from .errors import ContextLengthError, DecodeError, MediaError, StateError, StoppedError
+from .policies import Policy
 from .progress import Listener, Meter
 from .prompt import Media, Prompt
 from .settings import Settings
@@ -326,26 +327,31 @@ class PromptReader:
         # What stays as it is comes on top of a fraction; a number of cells is what was asked for.
         whole = 0 if budget.is_cells else self._whole_tokens()
         media = cache.n_media_tokens()
-        text = cache.n_tokens - media
-        # What was merged once is not merged further, however well that would fit.
-        at_least = cache.merged_share(of_media=policy.budget_of == "media")
-        cells = sorted(
-            {
-                whole + policy.kept_cells(choice, text, media - whole, len(cache.spans))
-                for choice in budget.choices(at_least)
-            }
-        )
+
+        def cells(choice: Budget) -> int:
+            text = cache.n_tokens - media
+            return whole + policy.kept_cells(choice, text, media - whole, len(cache.spans))
+
         held = cache.held()
-        if not cells or held[0] <= cells[0]:
-            return
-        if not budget.is_measured:
-            cache.merge(cells[0], held)
+        if budget.is_measured:
+            self._merge_within(policy, cells, held)
+        elif held[0] > cells(budget):
+            cache.merge(cells(budget), held)
+
+    def _merge_within(
+        self, policy: Policy, cells: Callable[[Budget], int], held: tuple[int, int]
+    ) -> None:
+        """Merge to the smallest share whose error is within the tolerance, if there is one."""
+        cache, of_media = self._cache, policy.budget_of == "media"
+        # What was merged once is not merged further, however well that would fit.
+        choices = shares_from(cache.merged_share(of_media=of_media))
+        numbers = sorted({cells(choice) for choice in choices})
+        if not numbers or held[0] <= numbers[0]:
             return
         # What did not fit is not tried again with every word that is added.
-        about = hash(tuple(span.digest for span in cache.spans))
-        if policy.budget_of != "media":
-            about = hash(cache.ids[: cache.n_tokens].tobytes())
-        if about != self._refused and not cache.merge_within(cells, TOLERANCE, held):
+        read = cache.ids[: cache.n_tokens].tobytes()
+        about = hash(tuple(span.digest for span in cache.spans) if of_media else read)
+        if about != self._refused and not cache.merge_within(numbers, TOLERANCE, held):
             self._refused = about
 
     def _whole_tokens(self) -> int:

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any
 
 from llama_cpp.llama import Llama as StockLlama
@@ -79,8 +78,6 @@ class Settings:
             policy.check_budget(budget)
         cap, whole = given["kv_max_cells"], option_table.whole(0)
         tokens = option_table.or_none(option_table.whole(1))
-        if isinstance(given["image_merge"], Integral):
-            option_table.number(0, 1)("image_merge", int(given["image_merge"]))
         checked = {
             "kv_merge": policy,
             "kv_budget": budget,

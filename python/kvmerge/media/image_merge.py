@@ -110,7 +110,7 @@ class ImageMerge:
         floor = DEFAULT_FLOOR if image_min_tokens is None else image_min_tokens
         if value is True:
             return cls(floor=floor)
-        if isinstance(value, Real) and 0 < float(value) <= 1:
+        if isinstance(value, Real) and 0 < value <= 1:  # also where it is too large for a float
             return cls(float(value), floor)
         raise OptionError(
             f"image_merge={value!r}: image_merge must be a cosine above 0 and at most 1, from "
