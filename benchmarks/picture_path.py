@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,8 @@ class Source:
     model: Path
     mmproj: Path
     prompts: list[list[Asked]]
-    smaller: dict[int, Path] = field(default_factory=dict)
-    """Vision parts that show pictures smaller, by the tokens of a picture."""
+    smaller: dict[int, Source] = field(default_factory=dict)
+    """The same with pictures shown smaller, by the tokens of a picture."""
 
 
 def of_the_pocket_model(n_prompts: int, n_pictures: int) -> Source:
@@ -155,8 +155,30 @@ def of_albums(folder: Path, n_prompts: int, n_pictures: int, sizes: list[int]) -
     prompts = [
         [Asked(ask.task, ask.messages, ask.score) for ask in sample.load()] for sample in samples
     ]
-    smaller = {n: build.build(side=int(28 * n**0.5))[1] for n in sizes if int(n**0.5) ** 2 == n}
+    smaller = {}
+    for side, n in ((28 * int(n**0.5), n) for n in sizes if int(n**0.5) ** 2 == n):
+        smaller[n] = Source(*build.build(side=side), [shrunk(each, side) for each in prompts])
     return Source(*build.build(), prompts, smaller)
+
+
+def shrunk(questions: list[Asked], side: int) -> list[Asked]:
+    """Return the questions about pictures of so many pixels a side."""
+
+    def part(each: dict[str, Any]) -> dict[str, Any]:
+        if each["type"] != "image_url":
+            return each
+        return {**each, "image_url": {"url": each["image_url"]["url"].resize((side, side))}}
+
+    return [
+        replace(
+            question,
+            messages=[
+                {**message, "content": [part(each) for each in message["content"]]}
+                for message in question.messages
+            ],
+        )
+        for question in questions
+    ]
 
 
 @dataclass(frozen=True)
@@ -238,27 +260,27 @@ def main() -> None:
         source = of_the_pocket_model(args.prompts, args.pictures)
     else:
         source = of_albums(args.photographs, args.prompts, args.pictures, args.tokens)
-    rows: list[tuple[str, str | None, Any, Path]] = [("as it comes", None, None, source.mmproj)]
+    rows: list[tuple[str, str | None, Any, Source]] = [("as it comes", None, None, source)]
     for threshold in args.threshold:
         rule = ImageMerge(threshold, args.floor)
-        rows.append((f"merged, {threshold:g}", None, rule, source.mmproj))
+        rows.append((f"merged, {threshold:g}", None, rule, source))
     on_top = [*rows]
     for tokens in args.tokens:
         for name in CHOICES:
-            rows.append((f"{name}, {tokens}", None, OfEachPicture(tokens, name), source.mmproj))
+            rows.append((f"{name}, {tokens}", None, OfEachPicture(tokens, name), source))
         if tokens in source.smaller:
             rows.append((f"smaller, {tokens}", None, None, source.smaller[tokens]))
-    rows += [(name, "auto", rule, mmproj) for name, _, rule, mmproj in on_top]
+    rows += [(name, "auto", rule, source) for name, _, rule, _ in on_top]
     asked = f"{args.prompts} prompts of {args.pictures} pictures"
     print(f"{source.model.stem}, {asked}, threads: {args.threads}\n")
     print(
         f"{'pictures':<20}{'cache':<8}{'tokens':>8}{'first':>11}{'again':>11}{'right':>8}{'lost':>8}"
     )
     whole = None
-    for name, cache, rule, mmproj in rows:
+    for name, cache, rule, shown in rows:
         with kvmerge.Llama(
-            source.model,
-            mmproj=mmproj,
+            shown.model,
+            mmproj=shown.mmproj,
             kv_merge=cache,
             merge_before=2 if cache else 0,
             n_ctx=4096,
@@ -268,7 +290,7 @@ def main() -> None:
             verbose=False,
         ) as llm:
             llm.chat_handler.image_merge = rule
-            found = measured(llm, source.prompts, args.repeats)
+            found = measured(llm, shown.prompts, args.repeats)
         whole = whole or found
         print(f"{name:<20}{cache or 'full':<8}{found.row(whole)}", flush=True)
 
