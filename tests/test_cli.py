@@ -101,6 +101,21 @@ def test_bad_options(options: list[str], said: str, capsys: pytest.CaptureFixtur
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--image-merge=0.9", "--image-min-tokens=8"])
+def test_pictures_need_a_vision_part(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", str(pocket.model_path()), option]) == 1
+    assert f"{option.partition('=')[0]} needs --mmproj" in capsys.readouterr().err
+
+
+def test_what_a_cosine_may_be_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("chat", "demo", "eval"):
+        with pytest.raises(SystemExit):
+            cli.main([name, *(["model.gguf"] if name == "chat" else []), "--image-merge", "1.5"])
+        said = capsys.readouterr().err
+        assert "argument --image-merge: must be a cosine above 0 and at most 1" in said
+        assert "'1.5'" in said
+
+
 def is_text(action: argparse.Action) -> bool:
     try:
         return isinstance(action.type("a name")[0], str)  # type: ignore[misc, operator]
@@ -151,6 +166,8 @@ def test_what_is_out_of_range_is_refused_with_the_range(
 def test_numbers_that_are_refused_are_those_of_the_table() -> None:
     found = {parameter.id for parameter in options_with_a_range()}
     assert {"demo --seed", "demo --threads", "eval --jobs", "eval --budgets"} < found
+    assert {f"{name} --image-merge" for name in ("chat", "demo", "eval")} < found
+    assert {f"{name} --image-min-tokens" for name in ("chat", "demo", "eval")} < found
     assert {"fit --ctx", "fit --n-ubatch", "fit --kv-max-cells", "fit --image-max-tokens"} < found
 
 

@@ -134,6 +134,8 @@ def test_report_only(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--texts", "."], "no task 'code': it must be one of one, keys"),
         (["--texts", ".", "--mmproj", "x.gguf"], "leave --mmproj out"),
         (["--texts", ".", "--data", "x"], "leave --data out"),
+        (["--texts", ".", "--image-merge", "0.9"], "leave --image-merge out"),
+        (["--texts", ".", "--image-min-tokens", "8"], "leave --image-min-tokens out"),
         (["--mmproj", "other.gguf"], "--mmproj needs --model"),
         (["--update", "missing.md"], "cannot be read"),
         (["--model", "other.gguf", "--mmproj", "x.gguf"], "does not exist"),
@@ -200,6 +202,25 @@ def test_merging_before_the_question_leaves_it_whole() -> None:
 
 
 # Parts.
+
+
+def test_pictures_are_read_as_fewer_tokens(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--methods", "flowmm", "--image-merge", "0.9", "--image-min-tokens", "6"]
+    assert evaluate(tmp_path, *options) == 0
+    whole = {one.key: one for one in read_answers(finished)}
+    for one in read_answers(tmp_path):
+        assert one.tokens < whole[one.key].tokens - 3 * 32
+        assert one.cells <= one.tokens
+    text = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    assert "with a cosine of at least 0.9 are one token" in text
+    assert "cosine" not in (finished / "quality.md").read_text(encoding="utf-8")
+    assert evaluate(tmp_path, "--methods", "flowmm", "--image-merge", "0.8") == 1
+    assert "image_merge=0.9, and this run has image_merge=0.8" in capsys.readouterr().err
+    assert evaluate(tmp_path, "--methods", "flowmm", "--image-merge", "0.9") == 1
+    assert "image_min_tokens=6" in capsys.readouterr().err
+    assert evaluate(tmp_path, *options) == 0, "the same go on"
 
 
 def test_every_preset_is_a_row() -> None:

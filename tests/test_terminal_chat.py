@@ -25,6 +25,7 @@ pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
 
 PROMPT = b"> "
+FLOOR = ("--image-min-tokens", "40")
 
 
 class Terminal:
@@ -109,6 +110,19 @@ def test_a_conversation_with_pictures(pictures: list[Path], tmp_path: Path) -> N
         assert first.letter in again.split("?", 1)[1]
         terminal.type("/quit\n")
         assert terminal.process.wait(60) == 0
+
+
+def test_pictures_are_read_as_fewer_tokens(pictures: list[Path]) -> None:
+    cells = []
+    for options in ([], ["--image-merge", "0.9"], ["--image-merge", "0.9", *FLOOR]):
+        with talking("--max-tokens", "1", "--kv-merge", "none", *options) as terminal:
+            terminal.ask("/image " + " ".join(f"'{file}'" for file in pictures))
+            terminal.ask("What is it?")
+            stats = terminal.ask("/stats")
+            cells.append(int(stats.split("tokens seen")[1].split()[0].replace(",", "")))
+    whole, merged, floored = cells
+    assert whole - merged > 100
+    assert merged < floored <= whole - 4 * (64 - 40)
 
 
 def test_bad_commands_are_said_and_nothing_is_lost(pictures: list[Path]) -> None:

@@ -72,6 +72,9 @@ class ModelSettings(stock_settings.ModelSettings):
     keep_last_images: int = Field(default=0, description="Last pictures that are left as they are.")
     image_min_tokens: Optional[int] = Field(default=None, description="Least tokens of a picture.")
     image_max_tokens: Optional[int] = Field(default=None, description="Most tokens of a picture.")
+    image_merge: Optional[float] = Field(
+        default=None, description="Cosine from which tokens of a picture are read as one."
+    )
     image_cache: str = Field(default="256MiB", description="What encoded pictures may take.")
     media_folders: List[str] = Field(
         default=[], description="Folders whose files messages may name."
@@ -98,6 +101,7 @@ class ModelSettings(stock_settings.ModelSettings):
             "keep_last_images": self.keep_last_images,
             "image_min_tokens": self.image_min_tokens,
             "image_max_tokens": self.image_max_tokens,
+            "image_merge": self.image_merge,
             "image_cache": self.image_cache,
             "media_access": MediaAccess(folders=self.media_folders, urls=urls),
         }

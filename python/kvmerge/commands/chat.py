@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, cosine, kept_or_measured, temperature
+from .number import MOST_THREADS, MOST_TOKENS, Whole, cap, kept_or_measured, temperature
+from .picture_options import add_picture_options, check_picture_options, picture_options
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -45,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is kept: a fraction such as 0.2, a number of cells, or auto",
     )
     parser.add_argument("--kv-max-cells", type=cap, help="the most cells, or bytes such as 512MiB")
-    parser.add_argument(
-        "--image-merge",
-        type=cosine,
-        help="cosine from which tokens of a picture are made one before they are read, such as 0.9",
-    )
+    add_picture_options(parser)
     parser.add_argument("--n-ctx", type=Whole(0, MOST_TOKENS), default=8192, help="context length")
     parser.add_argument("--threads", type=Whole(1, MOST_THREADS), help="threads to compute with")
     parser.add_argument(
@@ -140,7 +137,8 @@ class Watch:
 def _load(interrupt: Interrupt, arguments: argparse.Namespace) -> Llama:
     from ..llama import Llama
 
-    options: dict[str, Any] = {}
+    check_picture_options(arguments)
+    options = picture_options(arguments)
     if arguments.threads is not None:
         options |= {"n_threads": arguments.threads, "n_threads_batch": arguments.threads}
     merging = arguments.kv_merge.lower() != "none"
@@ -154,7 +152,6 @@ def _load(interrupt: Interrupt, arguments: argparse.Namespace) -> Llama:
         n_gpu_layers=arguments.n_gpu_layers,
         verbose=False,
         progress=Watch(interrupt),
-        image_merge=arguments.image_merge,
         **options,
     )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .number import MOST_SEED, MOST_THREADS, Whole, cosine, kept
+from .number import MOST_SEED, MOST_THREADS, Whole, kept
+from .picture_options import add_picture_options, picture_options
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -46,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.2,
         help="what is kept: a fraction such as 0.2, or a number of cells",
     )
-    parser.add_argument(
-        "--image-merge",
-        type=cosine,
-        help="cosine from which tokens of a picture are made one before they are read, such as 0.9",
-    )
+    add_picture_options(parser)
     parser.add_argument("--policy", default="auto", help="how the cache is merged")
     parser.add_argument(
         "--pictures", type=_pictures, default=12, help="how many pictures are shown"
@@ -262,8 +259,8 @@ def run(arguments: argparse.Namespace) -> int:
             n_threads=arguments.threads,
             n_threads_batch=arguments.threads,
             verbose=False,
-            image_merge=arguments.image_merge,
             progress=sys.stderr is not None and sys.stderr.isatty(),
+            **picture_options(arguments),
         ) as llm:
             runs.append(_converse(llm, prompt, name, own_model))
     full, merged = runs

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .number import MOST_SEED, MOST_THREADS, MOST_TOKENS, Whole, fraction, listed
+from .picture_options import add_picture_options, picture_options
 
 if TYPE_CHECKING:
     from ..evaluation.samples import Sample
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0.2, 0.1, 0.05),
         help="fractions that are kept, such as 0.2,0.1,0.05 (the default)",
     )
+    add_picture_options(parser)
     parser.add_argument(
         "--mode",
         type=listed(str),
@@ -152,9 +154,9 @@ def _check(arguments: argparse.Namespace) -> None:
     for page in arguments.update:
         check_page(page)
     if arguments.texts is not None:
-        for option in ("data", "mmproj"):
-            if getattr(arguments, option) is not None:
-                raise OptionError(f"--texts asks about text alone: leave --{option} out")
+        for option in ("--data", "--mmproj", "--image-merge", "--image-min-tokens"):
+            if getattr(arguments, option[2:].replace("-", "_")) is not None:
+                raise OptionError(f"--texts asks about text alone: leave {option} out")
         return
     if (arguments.model is None) == (arguments.mmproj is None):
         return
@@ -189,7 +191,10 @@ def _answer(arguments: argparse.Namespace) -> None:
         modes=arguments.mode,
         merge_before=arguments.merge_before,
     )
-    models = Models(model, mmproj, arguments.n_ctx or _sized(arguments), arguments.threads)
+    pictures = picture_options(arguments)
+    models = Models(
+        model, mmproj, arguments.n_ctx or _sized(arguments), arguments.threads, **pictures
+    )
     folder = arguments.texts or arguments.data
     settings = Settings(
         model=model_identity,
@@ -198,6 +203,7 @@ def _answer(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         merge_before=arguments.merge_before,
         methods=definitions(methods),
+        **pictures,
     )
     with Record(arguments.out, settings) as record:
         answer_all(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .number import MOST_TOKENS, Whole, amount, cap, kept, shown
+from .picture_options import MOST_OF_A_PICTURE
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(\d{1,9})[xX×](\d{1,9})")
 _LARGEST_SIDE = 65536
-_MOST_OF_A_PICTURE, _MOST_LAYERS = 65536, 100_000
+_MOST_LAYERS = 100_000
 _ROWS = {
     "process": "Python and libraries",
     "weights": "weights",
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a picture; default: as libmtmd counts them",
     )
     for name in ("--image-min-tokens", "--image-max-tokens"):
-        parser.add_argument(name, type=Whole(1, _MOST_OF_A_PICTURE), help="as in kvmerge.Llama")
+        parser.add_argument(name, type=Whole(1, MOST_OF_A_PICTURE), help="as in kvmerge.Llama")
     parser.add_argument(
         "--text-tokens",
         type=Whole(0, MOST_TOKENS),

@@ -85,6 +85,8 @@ class Settings:
         How many of the prompt's last tokens were read after the merge.
     methods : dict
         Definition of every method by name.
+    image_merge, image_min_tokens : optional
+        How many tokens of a picture were read, as in `Llama`.
     """
 
     model: str
@@ -93,6 +95,8 @@ class Settings:
     seed: int
     merge_before: int
     methods: dict[str, Any]
+    image_merge: float | None = None
+    image_min_tokens: int | None = None
 
 
 def identity(file: Path) -> str:
@@ -208,7 +212,7 @@ class Record:
 
 def _joined(folder: Path, before: Settings, now: Settings) -> Settings:
     """Return the settings of a run that continues another."""
-    for name in ("model", "mmproj", "data", "seed", "merge_before"):
+    for name in (field.name for field in fields(Settings) if field.name != "methods"):
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             raise OptionError(

@@ -43,10 +43,20 @@ class Reader:
         Context length.
     threads : int
         Threads to compute with.
+    image_merge, image_min_tokens : optional
+        How many tokens of a picture are read, as in `Llama`.
     """
 
     def __init__(
-        self, model: Path, mmproj: Path | None, *, cache_type: str, n_ctx: int, threads: int
+        self,
+        model: Path,
+        mmproj: Path | None,
+        *,
+        cache_type: str,
+        n_ctx: int,
+        threads: int,
+        image_merge: float | None = None,
+        image_min_tokens: int | None = None,
     ) -> None:
         self._llama = Llama(
             model,
@@ -59,6 +69,8 @@ class Reader:
             type_v=cache_type,
             flash_attn=True,
             verbose=False,
+            image_merge=image_merge,
+            image_min_tokens=image_min_tokens,
         )
         self._sees = mmproj is not None
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)

@@ -63,12 +63,26 @@ class Plan:
 
 @dataclass(frozen=True)
 class Models:
-    """With what it is answered: the files, the context length, and threads of each process."""
+    """With what it is answered.
+
+    Attributes
+    ----------
+    model, mmproj : Path
+        The files; no mmproj: about texts alone.
+    n_ctx : int
+        Context length.
+    threads : int
+        Threads of each process.
+    image_merge, image_min_tokens : optional
+        How many tokens of a picture are read, as in `Llama`.
+    """
 
     model: Path
     mmproj: Path | None
     n_ctx: int
     threads: int
+    image_merge: float | None = None
+    image_min_tokens: int | None = None
 
     def reader(self, cache_type: str) -> Reader:
         """Load the model with a cache of a type."""
@@ -78,6 +92,8 @@ class Models:
             cache_type=cache_type,
             n_ctx=self.n_ctx,
             threads=self.threads,
+            image_merge=self.image_merge,
+            image_min_tokens=self.image_min_tokens,
         )
 
 

@@ -41,12 +41,22 @@ def table(answers: Sequence[Answer], settings: Settings, plot: str) -> str:
         f"last {settings.merge_before} tokens of a known question are read after the merge, so "
         "that the first token of the answer comes from the merged cache. Brackets: 95 % confidence "
         "interval of the paired difference (bootstrap over prompts). KV MiB: K and V of the cells "
-        "that are held when the answer begins.",
+        f"that are held when the answer begins.{_pictures(settings)}",
         f"![Points over budget]({plot})",
     ]
     for scores in collect(answers):
         parts += _section(scores)
     return "\n\n".join(parts) + "\n"
+
+
+def _pictures(settings: Settings) -> str:
+    """Return what is to be known of the pictures, in every row."""
+    if settings.image_merge is None:
+        return ""
+    return (
+        f" In every row, also of the full cache, the tokens of a picture with a cosine of at least "
+        f"{settings.image_merge:g} are one token before they are read."
+    )
 
 
 def summary(answers: Sequence[Answer]) -> str:
