@@ -18,7 +18,8 @@ class Shape:
     ----------
     arch
         ``"llama"``; ``"gemma3"``: every other layer, from the first on, has a sliding window of 64
-        tokens; ``"lfm2"``: every other layer, from the first on, is a short convolution.
+        tokens; ``"lfm2"``: every other layer, from the first on, is a short convolution;
+        ``"qwen2vl"``: positions have a time, a row and a column (M-RoPE).
     layers, heads, heads_kv, head_size, ffn, vocab, context
         As in the GGUF metadata; the embedding has ``heads * head_size`` values.
     """
@@ -92,6 +93,9 @@ def write_random_model(
         writer.add_sliding_window(64)
         writer.add_sliding_window_pattern(2)
     writer.add_rope_dimension_count(shape.head_size)
+    if shape.arch == "qwen2vl":
+        part = shape.head_size // 16
+        writer.add_rope_dimension_sections([2 * part, 3 * part, 3 * part, 0])
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab)

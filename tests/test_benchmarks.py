@@ -25,6 +25,7 @@ SHORT = {
     "merge_cost": "auto h2o --tokens 1024 --layers 1 --rounds 1 --threads 1",
     "merge_error": "--pictures 2 --prompts 1 --methods auto",
     "picture_path": "--quick",
+    "picture_reading": "--quick --rounds 1",
     "quality": "--quick --jobs 1 --out {folder}/answers",
     "server": "--clients 2 --pictures 2 --questions 1 --cancelled 2 --kv-max-cells 1024",
     "small_machine": "--pictures 2 --limits 0",
@@ -108,7 +109,9 @@ runpy.run_path(file, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["decode_speed", "fit_accuracy", "layer_budgets", "merge_cost"])
+@pytest.mark.parametrize(
+    "name", ["decode_speed", "fit_accuracy", "layer_budgets", "merge_cost", "picture_reading"]
+)
 def test_without_a_package(name: str, tmp_path: Path) -> None:
     file = ROOT / "benchmarks" / f"{name}.py"
     result = subprocess.run(
