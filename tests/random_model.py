@@ -50,6 +50,31 @@ def write_tokens(writer: gguf.GGUFWriter, vocabulary: Path | None) -> None:
             writer.add_key_value(field.name, field.contents(), kind, *inner[-1:])
 
 
+def write_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
+    """Say what shape a model has."""
+    writer.add_name("random")
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.embedding)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    if shape.arch == "lfm2":
+        writer.add_shortconv_l_cache(3)
+        writer.add_head_count_kv([shape.heads_kv * (i % 2) for i in range(shape.layers)])
+    else:
+        writer.add_head_count_kv(shape.heads_kv)
+    if shape.arch == "gemma3":
+        writer.add_sliding_window(64)
+        writer.add_sliding_window_pattern(2)
+    writer.add_rope_dimension_count(shape.head_size)
+    if shape.arch == "qwen2vl":
+        part = shape.head_size // 16
+        writer.add_rope_dimension_sections([2 * part, 3 * part, 3 * part, 0])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.vocab)
+
+
 def write_random_model(
     path: Path,
     shape: Shape,
@@ -78,27 +103,7 @@ def write_random_model(
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, shape.arch)
-    writer.add_name("random")
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.embedding)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.ffn)
-    writer.add_head_count(shape.heads)
-    if shape.arch == "lfm2":
-        writer.add_shortconv_l_cache(3)
-        writer.add_head_count_kv([shape.heads_kv * (i % 2) for i in range(shape.layers)])
-    else:
-        writer.add_head_count_kv(shape.heads_kv)
-    if shape.arch == "gemma3":
-        writer.add_sliding_window(64)
-        writer.add_sliding_window_pattern(2)
-    writer.add_rope_dimension_count(shape.head_size)
-    if shape.arch == "qwen2vl":
-        part = shape.head_size // 16
-        writer.add_rope_dimension_sections([2 * part, 3 * part, 3 * part, 0])
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.vocab)
+    write_shape(writer, shape)
     write_tokens(writer, vocabulary)
 
     def matrix(
