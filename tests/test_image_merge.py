@@ -101,9 +101,9 @@ def test_of_the_server_in_python() -> None:
     from kvmerge import llama_cpp_server
 
     files = {"model": str(pocket.model_path()), "mmproj": str(pocket.mmproj_path())}
-    settings = llama_cpp_server.ModelSettings(
-        **files, image_merge=0.8, image_min_tokens=9, n_ctx=512, n_threads=1, verbose=False
-    )
+    flags = {"image_merge": 0.8, "image_min_tokens": 9, "n_ctx": 512, "n_threads": 1}
+    line = [f"--{name}={value}" for name, value in {**files, **flags, "verbose": "false"}.items()]
+    (settings,) = llama_cpp_server._settings(line)[1]
     with llama_cpp_server._Models.load_llama_from_model_settings(settings) as llm:
         handler: Any = llm.chat_handler
         assert handler.image_merge == ImageMerge(0.8, 9)

@@ -18,6 +18,7 @@ import pytest
 import kvmerge
 from kvmerge import pocket
 from kvmerge.commands.serve import command_line, program
+from kvmerge.errors import UnsupportedError
 from random_model import Shape, write_random_model
 from serving import Answer, Server, chat_body, is_built, refusal, serving
 
@@ -339,6 +340,18 @@ def test_bad_flags_are_refused_at_the_start() -> None:
     assert "is Python" in refusal("--kv-merge", "keydiff")
     assert "needs --kv-merge" in refusal("--kv-max-cells", "1024")
     assert "--keep-last-images" in refusal("--kv-merge", "auto", "--keep-last-images", "-1")
+
+
+def test_who_reads_fewer_tokens_of_a_picture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = "kvmerge.Llama(image_merge=...), `kvmerge chat`, and over HTTP `python -m"
+    for flags in (("--image-merge", "0.9"), (*MERGING, "--image-merge=0.9")):
+        said = refusal(*flags)
+        assert "--image-merge" in said and others in said
+    monkeypatch.setenv("LLAMA_ARG_IMAGE_MERGE", "0.9")
+    with pytest.raises(UnsupportedError, match="LLAMA_ARG_IMAGE_MERGE"):
+        command_line(["model.gguf"])
+    monkeypatch.setenv("LLAMA_ARG_IMAGE_MERGE", "")
+    assert not any("image-merge" in each for each in command_line(["model.gguf"])[0])
 
 
 @pytest.mark.parametrize(

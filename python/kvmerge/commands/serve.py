@@ -21,6 +21,9 @@ MEDIA_URL = "--media-url"
 MEDIA_URLS = ("none", "public", "any")
 """Which pictures that messages name by URL are fetched; told in the server's environment."""
 
+IMAGE_MERGE = "--image-merge"
+"""What others take and llama-server does not have: it is refused with the reason."""
+
 CACHE_RAM = 512
 """MiB of host memory for copies of idle slots while merging is on: merged ones are small, and the
 8192 of llama-server are all that a laptop has."""
@@ -116,19 +119,27 @@ def command_line(arguments: list[str]) -> tuple[list[str], str]:
     ------
     PolicyError, BudgetError, OptionError
         If a flag of ours is not accepted.
+    UnsupportedError
+        If tokens of pictures were to be merged.
     """
-    from ..errors import OptionError
+    from ..errors import OptionError, UnsupportedError
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in (*OURS, MEDIA_URL):
+    for flag in (*OURS, MEDIA_URL, IMAGE_MERGE):
         parser.add_argument(flag, dest=flag, default=os.environ.get(_variable(flag)))
     try:
         parsed, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise OptionError(str(error)) from None
     given = {flag: value for flag, value in vars(parsed).items() if value is not None}
+    if given.pop(IMAGE_MERGE, None):
+        raise UnsupportedError(
+            f"{IMAGE_MERGE} ({_variable(IMAGE_MERGE)}): llama-server reads every token of a "
+            "picture. What reads those that are alike as one is kvmerge.Llama(image_merge=...), "
+            "`kvmerge chat`, and over HTTP `python -m kvmerge.llama_cpp_server --image_merge`"
+        )
     which = given.pop(MEDIA_URL, "none")
     if which not in MEDIA_URLS:
         raise OptionError(f"{MEDIA_URL} {which}: it must be one of {', '.join(MEDIA_URLS)}")
