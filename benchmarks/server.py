@@ -11,13 +11,15 @@ broken off: before their answer or while it is written.  The benchmark fails whe
 client another answer than alone, or, with --kv-max-cells, takes more memory than those cells, one
 batch a slot and 64 MiB.
 
-The server that does not merge is the same program without a flag of merging.  Prompt caches in the
-host's memory are off in both, so that the KV cache is what is compared; --cache-ram allows them.
+The server that does not merge is the same program without a flag of merging; with --stock it is
+upstream's llama-server of the same release, which is built on the first call, or the one at a path.
+Prompt caches in the host's memory are off in both, so that the KV cache is what is compared;
+--cache-ram allows them.
 
-    python benchmarks/server.py
-    python benchmarks/server.py --questions 10 --kv-max-cells 4096 --cancelled 40
-    python benchmarks/server.py --soak 2000
-    python benchmarks/server.py --stall 20
+    python benchmarks/server.py --stock
+    python benchmarks/server.py --stock --questions 10 --kv-max-cells 4096 --cancelled 40
+    python benchmarks/server.py --stock --soak 2000
+    python benchmarks/server.py --stock --stall 20
 
 With --soak so many requests with pictures of their own, of mixed sizes, are sent to each server;
 one in ten is cancelled.  After the warm-up, a quarter of them, RSS may differ by two percent, and
@@ -54,6 +56,8 @@ import psutil
 from kvmerge import pocket
 
 MIB = 2**20
+BUILD = ""
+"""Stands for a llama-server of upstream that is built here."""
 
 
 @dataclass
@@ -96,8 +100,17 @@ class Memory(threading.Thread):
         self.join()
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the servers that are compared: its name, how it is called, and its flags."""
+
+    name: str
+    program: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
 class Server:
-    """A server of `kvmerge serve`, and the file that it logs into."""
+    """A server that runs, and the file that it logs into."""
 
     def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         self.port, self.process, self.log = port, process, log
@@ -113,11 +126,11 @@ class Server:
 
 
 @contextmanager
-def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]:
+def serving(arguments: argparse.Namespace, side: Side) -> Iterator[Server]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    line = [sys.executable, "-m", "kvmerge", "serve", arguments.model]
+    line = [*side.program, "--model", arguments.model]
     line += ["--mmproj", arguments.mmproj, "--port", str(port), "--parallel"]
     line += [str(arguments.clients), "--threads", str(arguments.threads)]
     line += ["--cache-ram", str(arguments.cache_ram)]
@@ -125,7 +138,9 @@ def serving(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Server]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as stream:
-            process = subprocess.Popen([*line, *flags], stdout=stream, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [*line, *side.flags], stdout=stream, stderr=subprocess.STDOUT
+            )
         server = Server(port, process, log)
         try:
             while True:
@@ -197,18 +212,18 @@ def albums(arguments: argparse.Namespace) -> list[pocket.Prompt]:
     ]
 
 
-def alone(arguments: argparse.Namespace, flags: list[str]) -> dict[int, list[str]]:
+def alone(arguments: argparse.Namespace, side: Side) -> dict[int, list[str]]:
     """Return what each client is told by a server that nobody else uses."""
     result = Result()
     for client, prompt in enumerate(albums(arguments)):
-        with serving(arguments, flags) as server:
+        with serving(arguments, side) as server:
             converse(server, client, prompt, arguments.questions, result)
     return result.answers
 
 
-def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
+def measure(arguments: argparse.Namespace, side: Side) -> Result:
     result = Result()
-    with serving(arguments, flags) as server:
+    with serving(arguments, side) as server:
         warm_up = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1}
         server.request("POST", "/v1/chat/completions", warm_up).read()
         memory = Memory(server.process.pid)
@@ -238,7 +253,7 @@ def measure(arguments: argparse.Namespace, flags: list[str]) -> Result:
             batches = len(slots) * min(2048, int(cap) // 4)  # as large as the server makes them
             size = sum(slot["bytes"] for slot in held) / cells
             result.allowed = (int(cap) + batches) * size / MIB + 64
-    expected = alone(arguments, flags)
+    expected = alone(arguments, side)
     result.alone = sum(
         mine == its
         for client, answers in result.answers.items()
@@ -280,10 +295,10 @@ def send(server: Server, seed: int) -> None:
         connection.close()
 
 
-def soak(arguments: argparse.Namespace, flags: list[str], name: str) -> bool:
+def soak(arguments: argparse.Namespace, side: Side) -> bool:
     """Print RSS over the requests; return whether it and the rest stayed where they were."""
     n, warm_up = arguments.soak, arguments.soak // 4
-    with serving(arguments, flags) as server:
+    with serving(arguments, side) as server:
         process = psutil.Process(server.process.pid)
         curve: list[float] = []
         handles = 0
@@ -304,9 +319,11 @@ def soak(arguments: argparse.Namespace, flags: list[str], name: str) -> bool:
     points = [statistics.median(curve[i : i + window]) for i in range(0, n, window)]
     first = statistics.median(curve[warm_up : warm_up + window])
     growth = points[-1] / first - 1
-    print(f"{name}: RSS {' '.join(f'{point:.1f}' for point in points)} MiB, median of each tenth")
     print(
-        f"{name}: {100 * growth:+.1f} % after {warm_up} of {n} requests, {max(left, 0)} more "
+        f"{side.name}: RSS {' '.join(f'{point:.1f}' for point in points)} MiB, median of each tenth"
+    )
+    print(
+        f"{side.name}: {100 * growth:+.1f} % after {warm_up} of {n} requests, {max(left, 0)} more "
         f"handles (connections included), {busy} of {len(slots)} slots lost",
         flush=True,
     )
@@ -314,7 +331,7 @@ def soak(arguments: argparse.Namespace, flags: list[str], name: str) -> bool:
     return growth <= ALLOWED and left <= 0 and busy == 0
 
 
-def stall(arguments: argparse.Namespace, flags: list[str]) -> tuple[list[float], list[float]]:
+def stall(arguments: argparse.Namespace, side: Side) -> tuple[list[float], list[float]]:
     """Return the pauses of a stream while another client shows albums, and the merges (ms)."""
     pauses: list[float] = []
     ended = threading.Event()
@@ -333,7 +350,7 @@ def stall(arguments: argparse.Namespace, flags: list[str]) -> tuple[list[float],
                     return
             last = time.perf_counter()
 
-    with serving(arguments, flags) as server:
+    with serving(arguments, side) as server:
         reader = threading.Thread(target=read, args=(server,))
         reader.start()
         time.sleep(2)
@@ -348,22 +365,49 @@ def stall(arguments: argparse.Namespace, flags: list[str]) -> tuple[list[float],
     return sorted(pauses), sorted(map(float, merges))
 
 
-def print_stalls(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> None:
+def print_stalls(arguments: argparse.Namespace, sides: tuple[Side, Side]) -> None:
     print(
         f"{arguments.stall} albums of {arguments.pictures} pictures while an answer is streamed\n"
     )
-    for name, flags in runs.items():
-        pauses, merges = stall(arguments, flags)
+    for side in sides:
+        pauses, merges = stall(arguments, side)
         percentile = pauses[int(0.99 * len(pauses))]
         print(
-            f"{name}: {len(pauses)} pauses, longest {pauses[-1]:.0f} ms, 99 % below "
+            f"{side.name}: {len(pauses)} pauses, longest {pauses[-1]:.0f} ms, 99 % below "
             f"{percentile:.0f} ms; {len(merges)} merges, longest "
             f"{max(merges, default=0):.0f} ms, median {statistics.median(merges or [0]):.0f} ms"
         )
 
 
+def both(arguments: argparse.Namespace) -> tuple[Side, Side]:
+    """Return the server that does not merge, and the one that does."""
+    ours = (sys.executable, "-m", "kvmerge", "serve")
+    flags = ["--kv-merge", arguments.kv_merge, "--kv-budget", arguments.kv_budget]
+    if arguments.kv_max_cells:
+        flags += ["--kv-max-cells", arguments.kv_max_cells]
+    plain = Side("not merging", ours)
+    if arguments.stock is not None:
+        stock = arguments.stock
+        if stock == BUILD:
+            sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent / "tests"))
+            from needed_packages import STOCK, need
+            from stock_library import stock_server
+
+            need(programs=STOCK)
+            stock = os.fspath(stock_server())
+        plain = Side("llama-server", (stock,))
+    return plain, Side("merging", ours, tuple(flags))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--stock",
+        nargs="?",
+        const=BUILD,
+        metavar="PROGRAM",
+        help="compare with upstream's llama-server: this one, or one that is built here",
+    )
     parser.add_argument("--model", default=os.fspath(pocket.model_path()))
     parser.add_argument("--mmproj", default=os.fspath(pocket.mmproj_path()))
     parser.add_argument("--clients", type=int, default=4)
@@ -380,22 +424,18 @@ def main() -> None:
     parser.add_argument("--stall", type=int, metavar="ALBUMS")
     arguments = parser.parse_args()
 
-    flags = ["--kv-merge", arguments.kv_merge, "--kv-budget", arguments.kv_budget]
-    if arguments.kv_max_cells:
-        flags += ["--kv-max-cells", arguments.kv_max_cells]
-    both = {"as llama-server": [], "merging": flags}
+    sides = both(arguments)
     if arguments.stall:
-        print_stalls(arguments, both)
+        print_stalls(arguments, sides)
         return
     if arguments.soak:
-        held = {name: soak(arguments, its, name) for name, its in reversed(both.items())}
-        # llama-server as it is stands beside it, and is not what is judged.
-        sys.exit(0 if held["merging"] else 1)
-    runs = {"as llama-server": measure(arguments, []), "merging": measure(arguments, flags)}
+        held = [soak(arguments, side) for side in reversed(sides)]
+        sys.exit(0 if held[0] else 1)  # the other stands beside it, and is not what is judged
+    runs = {side.name: measure(arguments, side) for side in sides}
 
     print(
         f"{arguments.clients} clients, {arguments.pictures} pictures and {arguments.questions} "
-        f"questions each, {Path(arguments.model).name}, {' '.join(flags)}\n"
+        f"questions each, {Path(arguments.model).name}, {' '.join(sides[1].flags)}\n"
     )
     print(f"{'':32}" + "".join(f"{name:>18}" for name in runs))
     rows: list[tuple[str, Any]] = [

@@ -1,10 +1,11 @@
-"""The page of `kvmerge serve`, in a real browser.
+"""The page of `kvmerge serve`, and llama-server's own where it is built in, in a real browser.
 
 Needs Chromium and its driver (Debian: ``chromium chromium-driver``) and ``pip install selenium``.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from kvmerge import pocket
+from kvmerge.commands.serve import has_interface
 from serving import Server, is_built, serving
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SECONDS = 120
+OURS = "kv.html" if has_interface() else ""
 PROMPT = pocket.make_prompt(np.random.default_rng(90), 12, tasks=["letter_of"], n_questions=6)
 
 
@@ -35,7 +38,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def browser(server: Server) -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
     if BROWSER is None or DRIVER is None:
         pytest.skip("chromium or chromedriver is missing")
@@ -45,13 +48,19 @@ def browser(server: Server) -> Iterator[Any]:
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
-        browser.get(f"http://127.0.0.1:{server.port}/")
         yield browser
         assert not [
             entry for entry in browser.get_log("browser") if entry["source"] == "javascript"
         ]
     finally:
         browser.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any, server: Server) -> Any:
+    """Return a browser that shows our own page."""
+    chromium.get(f"http://127.0.0.1:{server.port}/{OURS}")
+    return chromium
 
 
 @pytest.fixture
@@ -131,10 +140,45 @@ def test_a_file_that_is_no_picture(browser: Any, tmp_path: Path) -> None:
     assert "note.png is not a picture" in errors[0].text
 
 
+@pytest.mark.skipif(not has_interface(), reason="built with KVMERGE_WEB_INTERFACE=OFF")
+def test_pictures_are_shown_in_the_interface_of_llama_server(
+    chromium: Any, server: Server, pictures: list[str]
+) -> None:
+    chromium.get(f"http://127.0.0.1:{server.port}/")
+    wait(chromium, lambda b: b.find_elements("css selector", "textarea"))
+    chromium.find_element("css selector", "input[type=file]").send_keys("\n".join(pictures))
+    thumbnails = "button[aria-label^='Preview']"
+    wait(chromium, lambda b: len(b.find_elements("css selector", thumbnails)) == 12)
+
+    points = []
+    for n, question in enumerate(PROMPT.questions[:4]):
+        chromium.find_element("css selector", "textarea").send_keys(question.text)
+        send = "button[type=submit]:enabled"
+        wait(chromium, lambda b, send=send: b.find_elements("css selector", send))[-1].click()
+        said = wait(chromium, lambda b, n=n: answered(b, n))
+        points.append(pocket.score(question.task, said, question.answer))
+    assert sum(points) >= 3, points
+    held = server.held()
+    assert held["cells"] < held["tokens"] - 0.7 * 12 * 64
+
+
+def answered(browser: Any, before: int) -> str | None:
+    """Return the last answer, once it is complete: then it is followed by what it took."""
+    found = browser.find_elements("css selector", "[aria-label='Assistant message with actions']")
+    lines = found[-1].text.splitlines() if len(found) > before else []
+    return lines[0] if lines and lines[-1].endswith("t/s") else None
+
+
 def test_the_page_is_served_unless_another_is_named(server: Server, tmp_path: Path) -> None:
-    status, text = server.request("GET", "/")
-    assert status == 200
-    assert "<title>kvmerge</title>" in text
+    connection = server.connect()
+    connection.request("GET", f"/{OURS}", headers={"Accept-Encoding": "gzip"})
+    response = connection.getresponse()
+    assert response.status == 200
+    text = response.read()
+    if response.getheader("Content-Encoding") == "gzip":  # what is built in is
+        text = gzip.decompress(text)
+    assert b"<title>kvmerge</title>" in text
+    connection.close()
     (tmp_path / "index.html").write_text("another")
     with serving("--parallel", "1", "--path", os.fspath(tmp_path)) as other:
         assert other.request("GET", "/") == (200, "another")

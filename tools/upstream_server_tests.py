@@ -6,8 +6,9 @@ where pictures are shown, stand in for them, so tests that know what a model say
 It fails when a test passes on upstream's server and not on ours with merging off, and lists those
 that fail with merging on only.
 
-Upstream's server is built from the pinned source on the first call, which takes minutes.  What the
-tests import has to be installed: openai, aiohttp, prometheus-client, requests, filelock, wget.
+Upstream's server is built from the pinned source on the first call (``tests/stock_library.py``).
+What the tests import has to be installed: openai, aiohttp, prometheus-client, requests, filelock,
+wget.
 """
 
 from __future__ import annotations
@@ -67,19 +68,6 @@ def pristine() -> Path:
     """Return upstream's tree with its tests."""
     line = [sys.executable, ROOT / "vendor" / "prepare.py", "--pristine", "--full"]
     return Path(subprocess.check_output([str(part) for part in line], text=True).strip())
-
-
-def build_stock(tree: Path, folder: Path, jobs: int) -> Path:
-    """Build llama-server as it is upstream, without its web interface as ours is."""
-    off = ("LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS")
-    flags = [f"-D{name}=OFF" for name in (*off, "LLAMA_BUILD_EXAMPLES", "GGML_NATIVE")]
-    configure = ["cmake", "-S", tree, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *flags]
-    build = ["cmake", "--build", folder, "-j", jobs, "--target", "llama-server"]
-    # Else upstream finds the commit of the repository around its tree.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    for command in (configure, build):
-        subprocess.run([str(part) for part in command], check=True, env=environment)
-    return folder / "bin" / "llama-server"
 
 
 def cached(cache: Path, repository: str, name: str, file: Path) -> None:
@@ -175,25 +163,24 @@ def main() -> None:
     parser.add_argument("--kv-merge", default="auto")
     parser.add_argument("--kv-budget", default="0.2")
     parser.add_argument("--port", type=int, default=18080)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--keep", type=Path, help="folder for logs (default: none are kept)")
     parser.add_argument("tests", nargs="*", help="such as unit/test_slot_save.py (default: all)")
     args = parser.parse_args()
 
     sys.path[:0] = [str(ROOT / "tests")]
-    from needed_packages import need
+    from needed_packages import STOCK, need
 
-    need(*IMPORTED, programs=("cmake",))
+    need(*IMPORTED, programs=() if args.stock or args.no_stock else STOCK)
 
     from kvmerge.commands.serve import program
     from random_model import Shape, write_random_model
+    from stock_library import stock_server
 
     tree = pristine()
     merging = {"LLAMA_ARG_KV_MERGE": args.kv_merge, "LLAMA_ARG_KV_BUDGET": args.kv_budget}
     runs = [Run("off", program()), Run("on", program(), merging)]
     if not args.no_stock:
-        stock = args.stock or build_stock(tree, ROOT / "build" / "stock-server", args.jobs)
-        runs.insert(0, Run("upstream", stock.resolve()))
+        runs.insert(0, Run("upstream", (args.stock or stock_server()).resolve()))
     with tempfile.TemporaryDirectory() as folder:
         scratch = args.keep or Path(folder)
         # They look for templates and a picture beside themselves.

@@ -29,7 +29,10 @@ CACHE_RAM = 512
 8192 of llama-server are all that a laptop has."""
 
 PAGE = Path(__file__).resolve().parent.parent / "page"
-"""What a browser sees, unless `--path` names another folder."""
+"""What a browser sees, unless `--path` names another folder or the program has its own page."""
+
+INTERFACE = "web-interface.json"
+"""Lies beside a program that llama-server's own web interface was built into."""
 
 _HELP = """\
 usage: kvmerge serve MODEL [--mmproj MMPROJ] [flags of llama-server]
@@ -146,7 +149,7 @@ def command_line(arguments: list[str]) -> tuple[list[str], str]:
     merging = settings(given)
     if merging and not _is_said(rest, "LLAMA_ARG_CACHE_RAM", "--cache-ram", "-cram"):
         merging += ["--cache-ram", str(CACHE_RAM)]
-    if not _is_said(rest, "LLAMA_ARG_STATIC_PATH", "--path"):
+    if not has_interface() and not _is_said(rest, "LLAMA_ARG_STATIC_PATH", "--path"):
         rest += ["--path", os.fspath(PAGE)]
     return [*rest, *merging], which
 
@@ -179,6 +182,13 @@ def program() -> Path:
             f"{BUILD_AGAIN}"
         )
     return file
+
+
+def has_interface() -> bool:
+    """Return whether llama-server's own web interface was built into the program."""
+    from ..native.library import library_folder
+
+    return (library_folder() / INTERFACE).is_file()
 
 
 def environment(media_url: str) -> dict[str, str]:
