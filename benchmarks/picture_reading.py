@@ -147,7 +147,11 @@ def measure(
     n_slice = model.rows * model.columns
     rule = ImageMerge(DEFAULT_THRESHOLD)
     with Session(
-        file, n_ctx=model.n_tokens + 2 * TEXT, n_batch=BATCH, threads=args.threads
+        file,
+        n_ctx=model.n_tokens + 2 * TEXT,
+        n_batch=BATCH,
+        threads=args.threads,
+        flash_attention=args.flash_attn,
     ) as session:
         rows = [("not merged", shares[0], None), *((f"{s:.0%}", s, rule) for s in shares)]
         pictures = {
@@ -187,6 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--flash-attn", action="store_true", help="fuse attention")
     parser.add_argument("--busy", action="store_true", help="count the time of the processor")
     parser.add_argument("--quick", action="store_true", help="small pictures, one layer")
     args = parser.parse_args()
@@ -201,7 +206,8 @@ def main() -> None:
 
     from random_model import Shape, write_random_model
 
-    print(f"Q8_0, threads: {args.threads}, the fastest of {args.rounds} rounds")
+    fused = ", fused attention" if args.flash_attn else ""
+    print(f"Q8_0{fused}, threads: {args.threads}, the fastest of {args.rounds} rounds")
     for name in args.models or MODELS:
         model = MODELS[name]
         layers = model.layers if args.layers is None else args.layers
