@@ -1,7 +1,7 @@
 """Run upstream's own server tests: ``python tools/upstream_server_tests.py``.
 
 On llama-server as it is upstream, on ours with merging off, and on ours with merging on.  The
-models that the tests want to download are not there: one of random weights, and the pocket model
+models that the tests want to download are not there: two of random weights, and the pocket model
 where pictures are shown, stand in for them, so tests that know what a model says fail on all three.
 It fails when a test passes on upstream's server and not on ours with merging off, and lists those
 that fail with merging on only.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,12 +37,17 @@ IMPORTED = (
     "requests",
     "wget",
 )
-TEXT = {
-    "ggml-org/test-model-stories260K": "stories260K-f32.gguf",
-    "ggml-org/test-model-stories260K-infill": "stories260K-infill-f32.gguf",
-    "ggml-org/stories15M_MOE": "stories15M_MOE-F16.gguf",
-}
+TEXT = (
+    ("ggml-org/test-model-stories260K", "stories260K-f32.gguf"),
+    ("ggml-org/stories15M_MOE", "stories15M_MOE-F16.gguf"),
+    ("ggml-org/models", "bert-bge-small/ggml-model-f16.gguf"),
+    ("ggml-org/models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"),
+)
 """Files of repositories in whose place a model of text stands."""
+DRAFT = "stories15M-q4_0.gguf"
+"""A file that it stands for too, in the folder in which the tests keep what they have fetched."""
+INFILL = ("ggml-org/test-model-stories260K-infill", "stories260K-infill-f32.gguf")
+"""In its place stands a model whose tokens say where text is to be filled in."""
 PICTURES = ("11_truck.png", "91_cat.png")
 COMMIT = "0" * 40
 
@@ -80,15 +85,16 @@ def cached(cache: Path, repository: str, name: str, file: Path) -> None:
     place.symlink_to(file.resolve())
 
 
-def stand_in(scratch: Path, text: Path) -> dict[str, str]:
+def stand_in(scratch: Path, text: Path, infill: Path) -> dict[str, str]:
     """Lay out models and pictures; return the environment that names them."""
     import numpy as np
 
     from kvmerge import pocket
 
     cache, pictures = scratch / "cache", scratch / "pictures"
-    for repository, name in TEXT.items():
+    for repository, name in TEXT:
         cached(cache, repository, name, text)
+    cached(cache, *INFILL, infill)
     seeing = "ggml-org/tinygemma3-GGUF"
     cached(cache, seeing, "tinygemma3-Q8_0.gguf", pocket.model_path())
     cached(cache, seeing, "mmproj-tinygemma3.gguf", pocket.mmproj_path())
@@ -189,14 +195,20 @@ def main() -> None:
         shutil.copy(tree / "tools" / "mtmd" / "test-1.jpeg", scratch / "tools" / "mtmd")
         tests = scratch / "tools" / "server" / "tests"
         shutil.copytree(tree / "tools" / "server" / "tests", tests)
+        shape = Shape(heads=2, heads_kv=1, head_size=32, vocab=32000, context=2048)
+        vocabularies = tree / "models"
         model = args.model or write_random_model(
-            scratch / "random.gguf",
-            Shape(heads=2, heads_kv=1, head_size=32, vocab=32000, context=2048),
-            vocabulary=tree / "models" / "ggml-vocab-llama-spm.gguf",
+            scratch / "random.gguf", shape, vocabulary=vocabularies / "ggml-vocab-llama-spm.gguf"
         )
-        given = stand_in(scratch, model)
+        infill = write_random_model(
+            scratch / "infill.gguf",
+            replace(shape, vocab=32256),
+            vocabulary=vocabularies / "ggml-vocab-deepseek-coder.gguf",
+        )
+        given = stand_in(scratch, model, infill)
         for run in runs:
             (tests / "tmp").mkdir(exist_ok=True)
+            (tests / "tmp" / DRAFT).symlink_to(model.resolve())
             run.environment |= {**given, "PORT": str(args.port)}
             run_tests(run, tests, args.tests, scratch)
             shutil.rmtree(tests / "tmp", ignore_errors=True)
