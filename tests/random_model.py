@@ -22,6 +22,8 @@ class Shape:
         ``"qwen2vl"``: positions have a time, a row and a column (M-RoPE).
     layers, heads, heads_kv, head_size, ffn, vocab, context
         As in the GGUF metadata; the embedding has ``heads * head_size`` values.
+    pools
+        Whether the embedding of a text is the mean of its tokens', as in models made for that.
     """
 
     arch: str = "llama"
@@ -32,6 +34,7 @@ class Shape:
     ffn: int = 256
     vocab: int = 512
     context: int = 8192
+    pools: bool = False
 
     @property
     def embedding(self) -> int:
@@ -73,6 +76,8 @@ def write_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab)
+    if shape.pools:
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
 
 
 def write_random_model(

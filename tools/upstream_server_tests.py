@@ -1,7 +1,7 @@
 """Run upstream's own server tests: ``python tools/upstream_server_tests.py``.
 
 On llama-server as it is upstream, on ours with merging off, and on ours with merging on.  The
-models that the tests want to download are not there: two of random weights, and the pocket model
+models that the tests want to download are not there: some of random weights, and the pocket model
 where pictures are shown, stand in for them, so tests that know what a model says fail on all three.
 It fails when a test passes on upstream's server and not on ours with merging off, and lists those
 that fail with merging on only.
@@ -40,10 +40,11 @@ IMPORTED = (
 TEXT = (
     ("ggml-org/test-model-stories260K", "stories260K-f32.gguf"),
     ("ggml-org/stories15M_MOE", "stories15M_MOE-F16.gguf"),
-    ("ggml-org/models", "bert-bge-small/ggml-model-f16.gguf"),
     ("ggml-org/models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"),
 )
 """Files of repositories in whose place a model of text stands."""
+EMBEDDING = ("ggml-org/models", "bert-bge-small/ggml-model-f16.gguf")
+"""In its place stands a model that makes one embedding of a text."""
 DRAFT = "stories15M-q4_0.gguf"
 """A file that it stands for too, in the folder in which the tests keep what they have fetched."""
 INFILL = ("ggml-org/test-model-stories260K-infill", "stories260K-infill-f32.gguf")
@@ -85,15 +86,26 @@ def cached(cache: Path, repository: str, name: str, file: Path) -> None:
     place.symlink_to(file.resolve())
 
 
-def stand_in(scratch: Path, text: Path, infill: Path) -> dict[str, str]:
+def stand_in(scratch: Path, tree: Path, text: Path | None) -> dict[str, str]:
     """Lay out models and pictures; return the environment that names them."""
     import numpy as np
 
     from kvmerge import pocket
+    from random_model import Shape, write_random_model
 
+    shape = Shape(heads=2, heads_kv=1, head_size=32, vocab=32000, context=2048)
+    llama = tree / "models" / "ggml-vocab-llama-spm.gguf"
+    coder = tree / "models" / "ggml-vocab-deepseek-coder.gguf"
+    text = text or write_random_model(scratch / "random.gguf", shape, vocabulary=llama)
+    pooling = replace(shape, pools=True)
+    embedding = write_random_model(scratch / "embedding.gguf", pooling, vocabulary=llama)
+    larger = replace(shape, vocab=32256)
+    infill = write_random_model(scratch / "infill.gguf", larger, vocabulary=coder)
     cache, pictures = scratch / "cache", scratch / "pictures"
+    (scratch / DRAFT).symlink_to(text.resolve())
     for repository, name in TEXT:
         cached(cache, repository, name, text)
+    cached(cache, *EMBEDDING, embedding)
     cached(cache, *INFILL, infill)
     seeing = "ggml-org/tinygemma3-GGUF"
     cached(cache, seeing, "tinygemma3-Q8_0.gguf", pocket.model_path())
@@ -179,7 +191,6 @@ def main() -> None:
     need(*IMPORTED, programs=() if args.stock or args.no_stock else STOCK)
 
     from kvmerge.commands.serve import program
-    from random_model import Shape, write_random_model
     from stock_library import stock_server
 
     tree = pristine()
@@ -188,27 +199,17 @@ def main() -> None:
     if not args.no_stock:
         runs.insert(0, Run("upstream", (args.stock or stock_server()).resolve()))
     with tempfile.TemporaryDirectory() as folder:
-        scratch = args.keep or Path(folder)
+        scratch = (args.keep or Path(folder)).resolve()
         # They look for templates and a picture beside themselves.
         shutil.copytree(tree / "models" / "templates", scratch / "models" / "templates")
         (scratch / "tools" / "mtmd").mkdir(parents=True)
         shutil.copy(tree / "tools" / "mtmd" / "test-1.jpeg", scratch / "tools" / "mtmd")
         tests = scratch / "tools" / "server" / "tests"
         shutil.copytree(tree / "tools" / "server" / "tests", tests)
-        shape = Shape(heads=2, heads_kv=1, head_size=32, vocab=32000, context=2048)
-        vocabularies = tree / "models"
-        model = args.model or write_random_model(
-            scratch / "random.gguf", shape, vocabulary=vocabularies / "ggml-vocab-llama-spm.gguf"
-        )
-        infill = write_random_model(
-            scratch / "infill.gguf",
-            replace(shape, vocab=32256),
-            vocabulary=vocabularies / "ggml-vocab-deepseek-coder.gguf",
-        )
-        given = stand_in(scratch, model, infill)
+        given = stand_in(scratch, tree, args.model)
         for run in runs:
             (tests / "tmp").mkdir(exist_ok=True)
-            (tests / "tmp" / DRAFT).symlink_to(model.resolve())
+            (tests / "tmp" / DRAFT).symlink_to(scratch / DRAFT)
             run.environment |= {**given, "PORT": str(args.port)}
             run_tests(run, tests, args.tests, scratch)
             shutil.rmtree(tests / "tmp", ignore_errors=True)
