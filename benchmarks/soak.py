@@ -1,7 +1,7 @@
 """500 requests with pictures to one model: memory and file handles stay where they were.
 
 Requests have one to eight pictures, one in five is cancelled half-way, every tenth chat goes on
-for a second turn.  After the warm-up RSS may differ by two percent, file handles not at all.
+for a second turn.  The cache of encoded pictures is small enough to be full after the warm-up.  After the warm-up RSS may differ by two percent, file handles not at all.
 
     python benchmarks/soak.py
 """
@@ -64,6 +64,7 @@ def main() -> None:
         n_threads_batch=1,
         kv_merge="auto",
         kv_max_cells=args.cap,
+        image_cache="16MiB",
         verbose=False,
     ) as llm:
         figures: list[tuple[float, int]] = []

@@ -107,6 +107,22 @@ def test_error_is_that_of_attention(
             session.decode(np.random.default_rng(1).integers(0, 512, 40).tolist())
 
 
+def test_eight_of_many_layers_are_measured(tmp_path: Path) -> None:
+    policy = replace(FlowMM(theta=0.0), flow_rows=1024)
+    shape = Shape(layers=19, heads=2, heads_kv=2, head_size=32)
+    model = write_random_model(tmp_path / "m.gguf", shape, seed=7)
+    with Session(model, merge=policy, cache_type="f32") as session:
+        engine = session.engine
+        read_prompt(session)
+        before = [engine.read_cells(layer) for layer in range(19)]
+        engine.merge(150)
+        errors = [
+            layer_error(before[layer], engine.read_cells(layer), engine, layer, policy)
+            for layer in (0, 3, 5, 8, 10, 12, 15, 17)
+        ]
+        assert engine.stats().error == pytest.approx(np.mean(errors), rel=2e-3)
+
+
 def test_a_merge_that_changes_nothing_has_no_error(model: Path) -> None:
     with Session(model, merge=Auto(), cache_type="f32") as session:
         read_prompt(session)

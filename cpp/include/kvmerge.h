@@ -158,7 +158,7 @@ struct kvmerge_stats {
     int64_t bytes_after;     // K and V bytes of the cells that the layers really hold after the last merge
     float   error;           // how far the last merge moves what attention returns: the length of the difference to what it
                              // returned before, as a share, for queries of text that nothing was fitted to and as the mean
-                             // over the layers; -1: it was not measured, as too few queries were observed
+                             // over eight layers, or all of fewer; -1: it was not measured, as too few queries were observed
     int64_t t_score_us;      // time of the last merge: reading scores and flow,
     int64_t t_match_us;      //   selecting and matching,
     int64_t t_fold_us;       //   folding and compacting,

@@ -1,6 +1,7 @@
 #include "kvmerge-measure.h"
 
 #include "kvmerge-groups.h"
+#include "kvmerge-host.h"
 #include "kvmerge-parallel.h"
 #include "kvmerge-score.h"
 #include "kvmerge-values.h"
@@ -11,8 +12,8 @@
 // queries that are asked: they cost little beside the scores, which take twice to four times as many
 static constexpr size_t N_HELD_OUT = 4;
 
-// attention weights of one piece of the graph
-static constexpr int64_t MAX_ELEMENTS = 4*1024*1024;
+// attention weights, or keys, of one piece of the graph: its buffers stay with the context
+static constexpr int64_t MAX_ELEMENTS = 512*1024;
 
 std::vector<int32_t> kvmerge_held_out(const kvmerge_engine & engine, llama_seq_id seq_id, int32_t n_seen) {
     const auto samples = engine.observer.samples(seq_id, n_seen);
@@ -91,12 +92,18 @@ static void subtract_merged(
 }
 
 // squared length of sums of the values of one KV head: weights [n, n_sums]
+//   values  [n_embd_head_v, n]; on the host as they are, which saves bringing them into the other order, else transposed
 static void build_lengths(
-        kvmerge_graph & graph, ggml_tensor * values, const float * weights, int64_t n_sums, double & length) {
+        kvmerge_graph & graph, ggml_tensor * values, bool is_host, const float * weights, int64_t n, int64_t n_sums, double & length) {
     ggml_context * ctx = graph.ctx();
 
-    ggml_tensor * sums = ggml_mul_mat(ctx, values, graph.input(GGML_TYPE_F32, { values->ne[0], n_sums }, weights));
-    ggml_prec_set_acc(sums, GGML_PREC_F32);
+    ggml_tensor * w = graph.input(GGML_TYPE_F32, { n, n_sums }, weights);
+
+    ggml_tensor * sums = is_host ? ggml_out_prod(ctx, values, ggml_transpose(ctx, w)) : ggml_mul_mat(ctx, values, w);
+
+    if (!is_host) {
+        ggml_prec_set_acc(sums, GGML_PREC_F32);
+    }
 
     graph.output(sums, [&length](const std::vector<uint8_t> & bytes) {
         const float * x = reinterpret_cast<const float *>(bytes.data());
@@ -119,7 +126,11 @@ bool kvmerge_measure_layer(
     const int64_t n_rows  = slots.size();
     const int64_t n_asked = n_rows*(layer.n_head/layer.n_head_kv); // of a KV head
 
-    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/(n*n_asked)));
+    const bool is_host = kvmerge_is_host(layer.v);
+
+    const int64_t n_wide  = std::max<int64_t>({ n_asked, layer.n_embd_head_k, layer.n_embd_head_v }); // elements of a cell and head
+
+    const int32_t step = std::min<int64_t>(layer.n_head_kv, std::max<int64_t>(1, MAX_ELEMENTS/(n*n_wide)));
 
     for (int32_t head = 0; head < layer.n_head_kv; head += step) {
         const int32_t n_heads = std::min(step, layer.n_head_kv - head);
@@ -162,10 +173,12 @@ bool kvmerge_measure_layer(
 
         for (int32_t h = 0; h < n_heads; ++h) {
             ggml_tensor * v = kvmerge_build_values(graph, engine, layer, cells, head + h);
-            v = ggml_cont(graph.ctx(), ggml_transpose(graph.ctx(), v));                  // [n, n_embd_head_v]
+            if (!is_host) {
+                v = ggml_cont(graph.ctx(), ggml_transpose(graph.ctx(), v));              // [n, n_embd_head_v]
+            }
 
-            build_lengths(graph, v, before.data() + h*n_asked*n, n_asked, sums.whole);
-            build_lengths(graph, v, change.data() + h*n_asked*n, n_asked, sums.moved);
+            build_lengths(graph, v, is_host, before.data() + h*n_asked*n, n, n_asked, sums.whole);
+            build_lengths(graph, v, is_host, change.data() + h*n_asked*n, n, n_asked, sums.moved);
 
             if (graph.is_full() && !graph.run()) {
                 return false;

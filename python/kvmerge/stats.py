@@ -69,9 +69,9 @@ class MergeRecord:
         Cells of text among them, before and after, as the mean over layers and KV heads.
     error : float or None
         How far the merge moves what attention returns: the length of the difference to what it
-        returned before, as a share of it and as the mean over the layers.  It is measured on
-        queries of the text that was read, to which nothing was fitted; what a question that nobody
-        has asked yet looks for is not in it.  None where too little text was read to measure it.
+        returned before, as a share of it and as the mean over eight layers, or all of fewer.  It is
+        measured on queries of the text that was read, to which nothing was fitted; what a question
+        that nobody has asked yet looks for is not in it.  None where too little text was read.
     """
 
     tokens: int
