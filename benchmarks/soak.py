@@ -1,7 +1,8 @@
 """500 requests with pictures to one model: memory and file handles stay where they were.
 
 Requests have one to eight pictures, one in five is cancelled half-way, every tenth chat goes on
-for a second turn.  The cache of encoded pictures is small enough to be full after the warm-up.  After the warm-up RSS may differ by two percent, file handles not at all.
+for a second turn.  The cache of encoded pictures is small enough to be full when they have warmed
+up; after that RSS may differ by two percent, file handles not at all.
 
     python benchmarks/soak.py
 """
