@@ -354,6 +354,20 @@ def test_save_and_load_state_with_merging(name: str, llama: Factory) -> None:
         other.load_state(llama(mmproj=None).save_state())
 
 
+@pytest.mark.parametrize("name", [None, "flowmm"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_empty_is_restored_empty(name: str | None, whole: bool, llama: Factory) -> None:
+    """llama.cpp leaves the cells that are there when it reads a state without any."""
+    llm = llama(mmproj=None, kv_merge=name)
+    empty = llm.kv_cache.snapshot(whole=whole)
+    expected = llm.create_completion(TEXT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    llm.kv_cache.restore(empty)
+    assert (llm.kv_cache.n_tokens, llm.kv_stats().cells) == (0, 0)
+    assert llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm.ctx), 0) == -1
+    again = llm.create_completion(TEXT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+    assert again == expected
+
+
 def test_set_cache_does_not_go_with_merging(llama: Factory) -> None:
     llm = llama(mmproj=None, kv_merge="flowmm", kv_budget=0.4)
     llm.create_completion(TEXT, max_tokens=2)

@@ -500,6 +500,8 @@ class KVCache:
         """
         # Books that claim less than there is do no harm if an interrupt comes now.
         self.forget()
+        if len(snapshot.tokens) == 0:
+            self.clear()  # llama.cpp leaves what is there where a state has no cells
         size = len(snapshot.cells)
         data = np.frombuffer(snapshot.cells, np.uint8).ctypes.data_as(
             ctypes.POINTER(ctypes.c_uint8)
