@@ -34,8 +34,10 @@ class Auto(Policy):
     window : int, default 16
         Tokens at the end of the prompt whose queries score and, with as many of the text before,
         fit the bias, 1 to 256.
-    neighbours : int, default 3
-        Tokens over which scores are pooled, odd, 1 to 63.
+    neighbours : int, default 21
+        Tokens over which scores are pooled, odd, 1 to 63.  A question looks for words that it
+        repeats, and what it is answered with stands some tokens after them: where so many are kept
+        together, facts in a text that has to shrink are still found.
     recent : float, default 0.5
         Share of the cells of text that goes to its last tokens where text has to shrink, 0 to 1.
     """
@@ -47,7 +49,7 @@ class Auto(Policy):
     allocate: str = "uniform"
     tau: float = field(default=1.0, init=False)
     bias: str = "fit"
-    neighbours: int = 3
+    neighbours: int = 21
     value_norm: bool = True
     keep: int = 4
     sinks: int = 4
