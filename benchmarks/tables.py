@@ -56,7 +56,9 @@ def steps(photographs: Path, texts: Path, out: Path, quick: bool) -> dict[str, l
             *("--budgets", "0.5,0.2", "--out", str(out / f"needles-{model}")),
         ]
     tables["pocket"] = script("quality", *["--quick"] * quick, "--out", out / "pocket")
-    tables["pocket-errors"] = script("merge_error", "--prompts", few or 8)
+    tables["pocket-errors"] = script(
+        "merge_error", "--prompts", few or 8, *["--pictures", 2, "--methods", "auto"] * quick
+    )
     return tables
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="folder of .txt files")
     parser.add_argument("--out", type=Path, default=Path("kvmerge-tables"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the tables")
-    parser.add_argument("--quick", action="store_true", help="one prompt of each")
+    parser.add_argument("--quick", action="store_true", help="one prompt of each, two methods")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ SHORT = {
     "server": "--clients 2 --pictures 2 --questions 1 --cancelled 2 --kv-max-cells 1024",
     "small_machine": "--pictures 2 --limits 0",
     "soak": "--requests 10 --warm-up 5",
-    "tables": "{folder} {folder} --quick --only pocket pocket-errors --out {folder}/tables",
+    "tables": "{folder} {folder} --quick --only pocket-errors --out {folder}/tables",
     "text_fidelity": "{model} {folder} --read 32 --n 1 --methods flowmm --kept 0.5",
     "architectures": "--models {folder}",
     "presets": "--check",
