@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_who_waits_goes_on_where_its_last_token_stood(model: Path) -> None:
     """Also where that token was of a picture, and went into another cell."""
     rng = np.random.default_rng(3)  # of the first 24, the one that has it so
     options = {"n_ctx": 1024, "n_batch": 512, "n_seq_max": 2, "first_cells": 256}
-    with Session(model, merge=PRESETS["auto"], **options) as session:
+    policy = replace(PRESETS["auto"], neighbours=3)
+    with Session(model, merge=policy, **options) as session:
         session.engine.set_room(CAP)
         session.decode(rng.integers(0, 512, 60).tolist(), position=0)
         with session.engine.media("image"):  # too large to be left as it is
