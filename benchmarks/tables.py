@@ -3,7 +3,7 @@
 Needs an index of packages, from which the models come by version and SHA-256, and two folders:
 photographs, each named by what it shows, and English texts.  What every table prints is kept in
 ``--out``; a run that was interrupted goes on with the tables that are not there, and within those
-that ask questions with the questions that are not answered.  On two cores it takes a day.
+that ask questions with the questions that are not answered.  It takes hours.
 
     pip install "kvmerge[album]"
     python benchmarks/tables.py FOLDER_OF_PHOTOGRAPHS FOLDER_OF_TEXTS

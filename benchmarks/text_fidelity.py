@@ -21,6 +21,7 @@ import numpy.typing as npt
 from real_parts.parts import TEXT_MODELS, fetch
 
 from kvmerge import Llama
+from kvmerge.evaluation.methods import choose
 
 NEXT = 128
 METHODS = ["auto", "mosaic", "flowmm", "evict", "snapkv", "h2o", "streaming"]
@@ -72,7 +73,8 @@ def main() -> None:
     for kept in args.kept:
         for name in args.methods:
             distances, same = [], []
-            with Llama(model, verbose=False, kv_merge=name, **options) as llm:
+            method = choose([name])[-1]  # the full cache comes first
+            with Llama(model, verbose=False, kv_merge=method.policy, **options) as llm:
                 for tokens, right in zip(texts, expected, strict=True):
                     found = read_on(llm, tokens, args.read, kept)
                     distances.append((np.exp(right) * (right - found)).sum(axis=-1).mean())

@@ -157,6 +157,7 @@ def _methods() -> Iterator[Method]:
             "no-bias": ("no bias", {"bias": "none"}),
             "early": ("the first quarter of the layers keeps twice", {"allocate": "early"}),
             "members=2": ("a cell takes up two tokens", {"members": 2}),
+            "neighbours=3": ("scores pooled over 3 tokens", {"neighbours": 3}),
         },
     )
     yield from _ablations(
